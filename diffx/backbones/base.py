@@ -1,0 +1,30 @@
+"""What every network of a denoiser offers."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Backbone(nn.Module, ABC):
+    """A network F(x, logSNR, label) that works on images or latents.
+
+    A new one writes `forward`, free of branches on the data so that `torch.compile` sees one graph, and treats every
+    sample of the batch on its own.
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:
+        """Applies the network.
+
+        Arguments:
+            x: the input, already scaled by c_in, shape `[B, C, H, W]`.
+            logsnr: the noise levels log(α²/σ²), shape `[B]`.
+            label: the classes, int64 `[B]` in [0, num_classes], where num_classes is the null class; None is the null
+                class for all. The range is not checked, which would make the GPU wait.
+
+        Returns:
+            The output, shape `[B, out_channels, H, W]`.
+
+        Raises:
+            DiffxError: if the number of channels or the spatial size does not fit the network.
+        """

@@ -1,0 +1,37 @@
+"""A trained denoiser on another schedule."""
+
+from torch import Tensor
+
+from diffx.denoisers.base import Denoiser
+from diffx.schedules import Schedule
+from diffx.utils import expand_as
+
+
+class Rescheduled(Denoiser):
+    r"""The same x̂ at equal logSNR, on another schedule.
+
+    With t′ the time at which the trained schedule has the logSNR of the new one at t,
+    x̂(x_t, t) = x̂_trained(x_t·σ′/σ, t′), since x_t/σ depends on logSNR alone. Karras et al. (arXiv 2206.00364), Sec. 2;
+    Kingma et al. (arXiv 2107.00630), Sec. 5.1. Outside the range of noise levels seen in training the nearest trained
+    level is used.
+
+    Arguments:
+        denoiser: the trained denoiser.
+        schedule: the schedule to sample on.
+    """
+
+    def __init__(self, denoiser: Denoiser, schedule: Schedule) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.schedule = schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        trained = self.denoiser.schedule
+        t_trained = trained.inverse(self.schedule.logsnr(t))
+        scale = _scale(trained(t_trained), self.schedule(t))
+        return self.denoiser((expand_as(scale, x_t) * x_t).to(x_t.dtype), t_trained, **cond)
+
+
+def _scale(to: tuple[Tensor, Tensor], of: tuple[Tensor, Tensor]) -> Tensor:
+    # at equal logSNR α'/α = σ'/σ = r'/r; the root is finite where either coefficient is 0
+    return ((to[0] ** 2 + to[1] ** 2) / (of[0] ** 2 + of[1] ** 2)).sqrt()

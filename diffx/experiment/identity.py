@@ -1,0 +1,43 @@
+"""What an experiment *is*: the part of a config that decides the trained weights.
+
+Devices, workers, paths and loggers are how it is run; sampler, guidance and metrics are questions asked of it later.
+Neither belongs to the identity, so that the same command finds its own run on another machine, and a sweep over
+samplers trains one model.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+HOW = {"trainer", "logger", "runs_dir", "checkpoint", "log_every_n_steps", "progress_bar"}
+"""Top-level keys that say how a run is executed."""
+
+INFERENCE = {"sampler", "discretization", "guidance", "thresholding", "extractor", "evaluation"}
+"""Top-level keys that say what is asked of the trained model."""
+
+DATA_HOW = {"root", "num_workers", "download", "cache_bytes"}
+"""Keys of `data` that say where the data lie and how they are read."""
+
+
+def is_identity(key: str) -> bool:
+    """Whether an override of this dotted key changes what the experiment is (its seed aside).
+
+    Arguments:
+        key: such as `schedule.s` or `trainer.devices`.
+    """
+    head, _, rest = key.lstrip("+~").partition(".")
+    if head == "data" and rest.partition(".")[0] in DATA_HOW:
+        return False
+    return head not in HOW | INFERENCE | {"seed", "experiment", "hydra"} and not head.startswith("hydra/")
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved config that decides the trained weights, the seed aside."""
+    kept = {key: value for key, value in config.items() if key not in HOW | INFERENCE | {"seed"}}
+    kept["data"] = {key: value for key, value in kept.get("data", {}).items() if key not in DATA_HOW}
+    return kept
+
+
+def fingerprint(value: Any, length: int = 10) -> str:
+    """A hash of a JSON-like value, `length` hexadecimal digits, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]

@@ -1,0 +1,137 @@
+"""One run's directory."""
+
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffx.experiment.identity import fingerprint, identity, is_identity
+from diffx.utils import DiffxError, write_text
+
+
+class Run:
+    """`runs/<experiment>/<what was overridden>-<hash>/seed<k>/`, everything a run wrote and is.
+
+    Arguments:
+        path: the run's directory.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_file(self) -> Path:
+        """The frozen, resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of training checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """The inference weights: the EMA of the denoiser, as safetensors."""
+        return self.path / "weights" / "ema.safetensors"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of sample grids."""
+        return self.path / "samples"
+
+    @property
+    def evaluations(self) -> Path:
+        """The folder of evaluations, one JSON each."""
+        return self.path / "evaluations"
+
+    def config(self) -> dict[str, Any]:
+        """The frozen config.
+
+        Raises:
+            DiffxError: if there is none, or it cannot be read.
+        """
+        if not self.config_file.is_file():
+            raise DiffxError(
+                f"'{self.path}' is no run directory (it has no config.yaml); give run=DIR, the folder that diffx train "
+                "named, ending in seed<k>"
+            )
+        try:
+            config = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise DiffxError(
+                f"'{self.config_file}' is no valid YAML; restore it, or delete the run directory and train again"
+            ) from error
+        if not isinstance(config, dict):
+            raise DiffxError(f"'{self.config_file}' is empty; delete the run directory and train again")
+        return config
+
+    def freeze(self, config: dict[str, Any]) -> None:
+        """Writes the config from which all ranks start.
+
+        Raises:
+            DiffxError: if another experiment lives in this directory.
+        """
+        if self.config_file.is_file() and identity(self.config()) != identity(config):
+            raise DiffxError(
+                f"'{self.path}' holds a run of another config; delete or rename the directory, or choose another name="
+            )
+        write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    @property
+    def state(self) -> str:
+        """`absent`, `running`, `interrupted`, `failed` or `finished`, as last written by the run itself."""
+        return self.status().get("state", "absent")
+
+    def status(self) -> dict[str, Any]:
+        """The run's last word about itself: `state`, `step`, and `reason` where it failed."""
+        file = self.path / "status.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except json.JSONDecodeError:  # not ours: we only ever rename whole files into place
+            return {}
+
+    def set_status(self, state: str, **details: Any) -> None:
+        """Writes the state with its details."""
+        write_text(self.path / "status.json", json.dumps({"state": state, **details}, indent=1) + "\n")
+
+    def newest_checkpoint(self) -> tuple[Path | None, list[Path]]:
+        """The newest whole checkpoint, and newer ones that are truncated.
+
+        A checkpoint is a zip archive: one cut short has lost its directory, which stands at the end.
+        """
+        broken: list[Path] = []
+        for file in sorted(self.checkpoints.glob("step=*.ckpt"), key=step_of, reverse=True):
+            if zipfile.is_zipfile(file):
+                return file, broken
+            broken.append(file)
+        return None, broken
+
+
+def step_of(checkpoint: Path) -> int:
+    """The training step in a checkpoint's name, `step=00001000.ckpt`."""
+    match = re.fullmatch(r"step=(\d+)\.ckpt", checkpoint.name)
+    return int(match.group(1)) if match else -1
+
+
+def locate(root: str | Path, config: dict[str, Any], overrides: list[str]) -> Run:
+    """The directory of the run that a config describes: the existing one if it has been started, wherever it is named.
+
+    Arguments:
+        root: the folder of all runs.
+        config: the resolved config.
+        overrides: what was typed, such as `["schedule=cosine", "seed=1"]`; names the directory, the hash decides.
+    """
+    digest = fingerprint(identity(config))
+    experiment = Path(root) / str(config["name"])
+    arm = next(iter(sorted(experiment.glob(f"*-{digest}"))), experiment / f"{_slug(overrides)}-{digest}")
+    return Run(os.path.normpath(arm / f"seed{config['seed']}"))
+
+
+def _slug(overrides: list[str]) -> str:
+    named = sorted(override.lstrip("+") for override in overrides if is_identity(override.partition("=")[0]))
+    text = re.sub(r"[^A-Za-z0-9_.,=-]+", "_", ",".join(o for o in named if not o.startswith("name=")))
+    return text[:80].strip("_,") or "default"

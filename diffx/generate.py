@@ -1,0 +1,123 @@
+"""The one path from seeds to images, for callbacks, `diffx sample` and `diffx evaluate`.
+
+Sample k of seed s has the same initial noise, the same noise in every step and the same label at any batch size and on
+any number of processes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffx.autoencoders import Autoencoder
+from diffx.conditioning import Conditioner
+from diffx.denoisers import Denoiser
+from diffx.discretizations import Discretization
+from diffx.samplers import Sampler
+from diffx.utils import Keys
+
+
+class Generated(NamedTuple):
+    """A batch of samples: numbers int64 `[B]`, labels int64 `[B]`, images uint8 `[B, C, H, W]`."""
+
+    index: Tensor
+    label: Tensor
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Everything between a sample's number and its image.
+
+    Arguments:
+        denoiser: the denoiser as it is sampled: guided and thresholded, on the schedule to sample on.
+        sampler: the solver.
+        discretization: the time grid.
+        steps: number of steps K ≥ 1.
+        autoencoder: decodes what the sampler returns.
+        conditioner: turns labels into conditions.
+        shape: shape of one latent (or of one image in [−1, 1]), (C, H, W).
+        seed: the seed of initial noise and sampler noise.
+        num_classes: number of classes; sample k is of class k mod num_classes unless labels are given.
+    """
+
+    denoiser: Denoiser
+    sampler: Sampler
+    discretization: Discretization
+    steps: int
+    autoencoder: Autoencoder
+    conditioner: Conditioner
+    shape: tuple[int, int, int]
+    seed: int = 0
+    num_classes: int = 0
+
+    def times(self) -> Tensor:
+        """The time grid, float64 `[K + 1]`."""
+        return self.discretization(self.denoiser.schedule, self.steps)
+
+    @property
+    def nfe(self) -> int:
+        """Denoiser calls per sample; guidance that needs two networks calls each of them as often."""
+        return self.sampler.nfe(self.steps)
+
+    def labels(self, index: Tensor) -> Tensor:
+        """The balanced default labels of samples, int64 `[B]`: k mod num_classes."""
+        return index % max(self.num_classes, 1)
+
+    @torch.no_grad()
+    def trajectory(self, index: Tensor, label: Tensor | None = None) -> Iterator[Tensor]:
+        """The latents after each step.
+
+        Arguments:
+            index: sample numbers, int64 `[B]`, on the device to sample on.
+            label: classes, int64 `[B]`; the balanced ones by default.
+
+        Yields:
+            K times `[B, *shape]`, in float32.
+        """
+        label = self.labels(index) if label is None else label
+        keys = Keys(self.seed, index)
+        times = self.times()
+        schedule = self.denoiser.schedule
+        _, sigma = schedule(times[:1].to(schedule.device))
+        x = keys.normal("sample", *self.shape) * sigma.to(index.device, torch.float32)
+
+        def noise(step: int, draw: int = 0) -> Tensor:
+            return keys.at(step).normal(f"sampler/{draw}", *self.shape)
+
+        cond = self.conditioner({"label": label})
+        yield from self.sampler.trajectory(self.denoiser, x, times.to(index.device), noise=noise, **cond)
+
+    @torch.no_grad()
+    def __call__(self, index: Tensor, label: Tensor | None = None) -> Generated:
+        """Samples by number; arguments as for `trajectory`."""
+        label = self.labels(index) if label is None else label
+        x = torch.empty(0)
+        for x in self.trajectory(index, label):  # noqa: B007
+            pass
+        return Generated(index, label, self.autoencoder.decode(x))
+
+    def batches(
+        self,
+        total: int,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Generated]:
+        """Samples 0 … total − 1, this rank's share of them, in batches.
+
+        Arguments:
+            total: number of samples over all ranks.
+            batch_size: samples per batch on this rank.
+            device: where to sample.
+            rank: this process.
+            world_size: number of processes; samples are dealt out in turn, so that shares differ by at most one.
+
+        Yields:
+            Batches of samples.
+        """
+        for index in torch.arange(rank, total, world_size, device=device).split(batch_size):
+            yield self(index)

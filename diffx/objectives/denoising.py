@@ -1,0 +1,40 @@
+"""Weighted denoising score matching."""
+
+from torch import Tensor
+
+from diffx.denoisers import Preconditioned
+from diffx.objectives.base import Objective
+from diffx.schedules.base import logsnr
+from diffx.time_samplers import TimeSampler
+from diffx.utils import Keys, expand_as
+from diffx.weightings import Weighting
+
+
+class Denoising(Objective):
+    r"""E_{t, z} [w(t)·‖x̂(α·x + σ·z, t) − x‖²], the mean over a sample's dimensions.
+
+    Ho et al. (arXiv 2006.11239), Eq. 12; Karras et al. (arXiv 2206.00364), Eq. 8; Kingma et al. (arXiv 2107.00630),
+    Eq. 17. Computed in the network's space, as w·c_out²·‖F − F*‖² with the target F* that makes x̂ = x: nothing is
+    divided by an α next to 0, and no difference of nearly equal images is taken.
+
+    Arguments:
+        time_sampler: density of the training times.
+        weighting: w(t), in x̂-space.
+    """
+
+    def __init__(self, time_sampler: TimeSampler, weighting: Weighting) -> None:
+        super().__init__()
+        self.time_sampler = time_sampler
+        self.weighting = weighting
+
+    def forward(self, denoiser: Preconditioned, x: Tensor, keys: Keys, **cond: Tensor) -> dict[str, Tensor]:
+        t, correction = self.time_sampler(denoiser.schedule, keys)
+        alpha, sigma = denoiser.schedule(t)
+        z = keys.normal("noise", *x.shape[1:], dtype=x.dtype)
+        x_t = expand_as(alpha, x) * x + expand_as(sigma, x) * z
+        output, c_skip, c_out = denoiser.network(x_t, t, **cond)
+        # F* = (x − c_skip·x_t)/c_out with x_t written out, so that the cancellation is one of numbers, not of images
+        target = expand_as((1 - c_skip * alpha) / c_out, x) * x - expand_as(c_skip * sigma / c_out, x) * z
+        error = (output - target).square().flatten(1).mean(1)
+        weight = self.weighting(denoiser, t) * c_out**2 * correction
+        return {"loss": weight * error, "logsnr": logsnr(alpha, sigma).detach()}

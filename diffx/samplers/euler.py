@@ -1,0 +1,43 @@
+"""Euler's method on the probability-flow ODE."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from diffx.denoisers import Denoiser
+from diffx.samplers.base import Sampler, where
+from diffx.schedules import NoiseLevel
+
+
+class Euler(Sampler):
+    r"""x_s = x_t + (s − t)·dx/dt, with dx/dt = α̇·x̂ + σ̇·(x_t − α·x̂)/σ, in the schedule's own time.
+
+    Song et al. (arXiv 2011.13456), Eq. 13; Karras et al. (arXiv 2206.00364), Eq. 4. On the EDM and flow schedules it
+    equals DDIM with η = 0. A step to the clean end is x̂ itself.
+    """
+
+    order = 1
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: NoiseLevel,
+        s: NoiseLevel,
+        state: None,
+        *,
+        noise: Callable[..., Tensor],
+        **cond: Tensor,
+    ) -> tuple[Tensor, None]:
+        x_hat = denoiser(x_t, t.t, **cond)
+        of_x, of_x_hat = derivative(t)
+        h = s.time - t.time
+        clean = s.sigma == 0
+        return where(clean, 0.0, 1 + h * of_x) * x_t + where(clean, 1.0, h * of_x_hat) * x_hat, None
+
+
+def derivative(t: NoiseLevel) -> tuple[Any, Any]:
+    """dx/dt = a·x_t + b·x̂ at a noise level with σ > 0: the coefficients a = σ̇/σ and b = α̇ − α·σ̇/σ."""
+    of_x = t.d_sigma / t.sigma
+    return of_x, t.d_alpha - t.alpha * of_x

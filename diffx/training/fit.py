@@ -1,0 +1,178 @@
+"""One fit, from where its newest checkpoint stands to its last step."""
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from safetensors.torch import load_file, save_file
+
+from diffx.denoisers import Denoiser
+from diffx.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from diffx.training.loggers import CSVLogger
+from diffx.training.module import DiffusionModule
+from diffx.utils import DiffxError, atomic_path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a fit ended.
+
+    Arguments:
+        step: the optimizer steps done.
+        signal: the signal that stopped it, None if it finished.
+        trainer: the trainer, for what follows on the same ranks.
+    """
+
+    step: int
+    signal: int | None
+    trainer: L.Trainer
+
+
+def fit(
+    module: DiffusionModule,
+    data: L.LightningDataModule,
+    *,
+    checkpoints: Checkpoints,
+    callbacks: Sequence[L.Callback],
+    loggers: Sequence[Logger],
+    resume: Path | None,
+    max_steps: int,
+    precision: str,
+    gradient_clip_val: float | None,
+    accelerator: str,
+    devices: int,
+    num_nodes: int,
+    strategy: str,
+    accumulate_grad_batches: int,
+) -> Outcome:
+    """Trains to `max_steps`, or to the next batch boundary after a signal.
+
+    Arguments:
+        module: what is trained.
+        data: its data.
+        checkpoints: when and where to save; the last of the callbacks, so that it saves what the others have done.
+        callbacks: the others.
+        loggers: the loggers.
+        resume: the checkpoint to start from.
+        max_steps: optimizer steps, ≥ 1.
+        precision: Lightning's precision, such as `32-true` or `bf16-mixed`.
+        gradient_clip_val: largest global norm of the gradient; None for no clipping.
+        accelerator: Lightning's accelerator.
+        devices: processes on each node, one device each.
+        num_nodes: number of nodes.
+        strategy: Lightning's strategy.
+        accumulate_grad_batches: micro-batches per optimizer step.
+
+    Raises:
+        DiffxError: if the checkpoint is of another experiment, or cannot be written.
+    """
+    _quieten()
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        # its own handler saves inside the handler, and registers only where nobody else has
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    trainer = L.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,  # pyright: ignore[reportArgumentType]
+        logger=list(loggers),
+        callbacks=[*callbacks, checkpoints],
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate_grad_batches,
+        gradient_clip_val=gradient_clip_val,
+        plugins=plugins,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_autolog_hparams=False,
+    )
+    if resume is not None:
+        step = _peek(resume)
+        for logger in loggers:
+            if isinstance(logger, CSVLogger):
+                logger.resume(step)
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    return Outcome(trainer.global_step, checkpoints.signal if trainer.global_step < max_steps else None, trainer)
+
+
+def export_weights(denoiser: Denoiser, path: Path, step: int) -> None:
+    """Writes the weights for inference as safetensors.
+
+    Arguments:
+        denoiser: the EMA's denoiser.
+        path: the file.
+        step: the training step, kept as metadata.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"step": str(step)})
+
+
+def load_weights(denoiser: Denoiser, weights: Path, checkpoint: Path | None) -> None:
+    """Loads the EMA's weights from the exported file, or from a checkpoint of a run that has not finished.
+
+    Raises:
+        DiffxError: if neither can be read, or they are of another network.
+    """
+    try:
+        if weights.is_file():
+            state = load_file(weights)
+        elif checkpoint is not None:
+            whole = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+            prefix = "ema.denoiser."
+            state = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
+        else:
+            raise DiffxError(
+                f"there are no weights in '{weights.parent.parent}': the run has no checkpoint yet; train it first"
+            )
+        denoiser.load_state_dict(state)
+    except DiffxError:
+        raise
+    except Exception as error:  # safetensors, zip and key errors share no base class
+        raise DiffxError(
+            f"the weights in '{weights.parent.parent}' cannot be loaded ({str(error).splitlines()[0]}); train the run "
+            "again, or give the run of which they are"
+        ) from error
+
+
+def _peek(checkpoint: Path) -> int:
+    """The step of a checkpoint."""
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception as error:  # torch raises half a dozen unrelated types for a damaged file
+        raise DiffxError(
+            f"the checkpoint '{checkpoint}' is damaged ({str(error).splitlines()[0]}); delete it to resume from the "
+            "one before"
+        ) from error
+
+
+def _quieten() -> None:
+    """Lightning's advice for other set-ups than this one."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*`max_epochs` was not set.*",
+        ".*no `val_dataloader`.*",
+        ".*GPU available but not used.*",
+        ".*Trainer was signaled to stop.*",
+        ".*srun. command is available.*",
+        ".*in eval mode at the start of training.*",  # the EMA's copy
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    os.environ.setdefault("PL_RECOMMEND_DISABLE", "1")

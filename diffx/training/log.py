@@ -1,0 +1,94 @@
+"""The training log: loss, loss by noise level, rate, gradient norm, speed."""
+
+import itertools
+import math
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from diffx.training.module import DiffusionModule
+from diffx.utils import DiffxError
+
+LOGSNR_EDGES = (-8.0, -4.0, 0.0, 4.0, 8.0)
+"""Edges of the noise-level bins: `loss/logsnr<-8`, …, `loss/logsnr>8`."""
+
+
+class TrainingLog(L.Callback):
+    """Means over each window of n steps, written by the loggers at its end.
+
+    Sums stay on the device: a step costs two small operations and no synchronisation.
+
+    Arguments:
+        every_n_steps: length of the window.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+        self.sums = torch.zeros(len(LOGSNR_EDGES) + 1, 2)
+        self.latest: dict[str, float] = {}
+        self._edges = torch.tensor(LOGSNR_EDGES)
+        self._clock = (0.0, 0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums of the open window, so that a resumed run logs what the uninterrupted one logs."""
+        return {"sums": self.sums.cpu()}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Restores the open window."""
+        self.sums = state_dict["sums"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Moves the sums to the device and starts the clock."""
+        device = pl_module.device
+        self.sums, self._edges = self.sums.to(device), self._edges.to(device)
+        self._clock = (time.perf_counter(), trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Adds the batch to the window; at its end writes the means.
+
+        Raises:
+            DiffxError: if the loss is not finite.
+        """
+        losses = outputs["losses"]
+        terms = torch.stack([losses, torch.ones_like(losses)], dim=1).to(self.sums.dtype)
+        self.sums.index_add_(0, torch.bucketize(outputs["logsnr"], self._edges), terms)
+        if trainer.global_step % self.every_n_steps == 0 and not trainer.fit_loop._should_accumulate():
+            assert isinstance(pl_module, DiffusionModule)
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: L.Trainer, module: DiffusionModule) -> None:
+        sums = self.sums if trainer.world_size == 1 else trainer.strategy.reduce(self.sums, reduce_op="sum")
+        assert isinstance(sums, Tensor)
+        total, count = sums.sum(0).tolist()
+        now, step = time.perf_counter(), trainer.global_step
+        elapsed, steps = now - self._clock[0], step - self._clock[1]
+        self.latest = {
+            "loss": total / count,
+            "images": step * module.batch_size,
+            "images_per_second": steps * module.batch_size / elapsed if elapsed > 0 else math.nan,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            **by_noise_level(sums.tolist()),
+        }
+        if module.grad_norm is not None:
+            self.latest["grad_norm"] = module.grad_norm.item()
+        self._clock = (now, step)
+        self.sums.zero_()
+        for logger in trainer.loggers:
+            logger.log_metrics(self.latest, step=step)
+        if not math.isfinite(self.latest["loss"]):
+            raise DiffxError(
+                f"the loss became {self.latest['loss']} before step {step}; lower optimizer.lr, set "
+                "training.gradient_clip_val=1, or use training.precision=32-true, then run again to resume"
+            )
+
+
+def by_noise_level(sums: list[list[float]]) -> dict[str, float]:
+    """The mean loss of each noise-level bin that has samples, from (sum of losses, count) per bin."""
+    low = [f"{edge:g}" for edge in LOGSNR_EDGES]
+    names = [f"<{low[0]}", *(f"{a}..{b}" for a, b in itertools.pairwise(low)), f">{low[-1]}"]
+    return {f"loss/logsnr{name}": total / n for name, (total, n) in zip(names, sums, strict=True) if n}

@@ -1,0 +1,137 @@
+"""Loggers: CSV always, Weights & Biases by choice."""
+
+import csv
+import io
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+
+from diffx.utils import write_text
+
+
+class CSVLogger(Logger):
+    """One row per logged step in `metrics.csv`, appended at once; a resumed run goes on where its checkpoint stands.
+
+    (Lightning's own deletes what an earlier process logged into the same folder.)
+
+    Arguments:
+        file: the CSV file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = Path(file)
+        self._columns: list[str] = []
+
+    @property
+    def name(self) -> str:
+        """The logger's name."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """Empty: the run directory is the version."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the frozen config lies beside the file."""
+
+    @rank_zero_only
+    def resume(self, step: int) -> None:
+        """Drops the rows after a step: what a run did after its last checkpoint, it will do again."""
+        rows = self.rows()
+        kept = [row for row in rows if int(row["step"]) <= step]
+        self._columns = list(rows[0]) if rows else []
+        if len(kept) < len(rows):
+            self._rewrite(kept)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Appends a row; new names become new columns."""
+        row = {"step": step, **metrics}
+        new = [name for name in row if name not in self._columns]
+        if new:
+            before = self.rows()
+            self._columns += new
+            self._rewrite(before)
+        # one write per row: a killed process leaves whole rows
+        with self.file.open("a", newline="", encoding="utf-8") as file:
+            file.write(self._text([row]))
+
+    def rows(self) -> list[dict[str, str]]:
+        """All whole rows, as text."""
+        if not self.file.is_file():
+            return []
+        with self.file.open(newline="", encoding="utf-8") as file:
+            return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and None not in row]
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        write_text(self.file, self._text([dict(zip(self._columns, self._columns, strict=True)), *rows]))
+
+    def _text(self, rows: list[Any]) -> str:
+        buffer = io.StringIO()
+        csv.DictWriter(buffer, self._columns, restval="", lineterminator="\n").writerows(rows)
+        return buffer.getvalue()
+
+
+def wandb_logger(
+    directory: Path,
+    run_id: str,
+    group: str,
+    name: str,
+    config: dict[str, Any],
+    project: str = "diffx",
+    entity: str | None = None,
+    tags: list[str] | None = None,
+) -> WandbLogger:
+    """Weights & Biases, with an id that survives a requeue; offline where there is no key, instead of asking for one.
+
+    Arguments:
+        directory: where W&B writes.
+        run_id: the run's id: the fingerprint of the experiment and its seed.
+        group: the experiment without the seed.
+        name: the run's name.
+        config: the frozen config.
+        project: the project.
+        entity: the team or user; the account's default if None.
+        tags: tags.
+    """
+    if "WANDB_MODE" not in os.environ and not _has_key():
+        os.environ["WANDB_MODE"] = "offline"
+    os.environ.setdefault("WANDB_SILENT", "true")
+    directory.mkdir(parents=True, exist_ok=True)
+    return WandbLogger(
+        name=name,
+        save_dir=directory,
+        project=project,
+        entity=entity,
+        id=run_id,
+        group=group,
+        tags=tags,
+        config=config,
+        resume="allow",
+        offline=os.environ.get("WANDB_MODE") == "offline",
+        log_model=False,
+    )
+
+
+def log_image(loggers: list[Logger], key: str, path: Path, step: int) -> None:
+    """Gives a picture to the loggers that take pictures."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            with Image.open(path) as image:
+                logger.log_image(key=key, images=[image.copy()], step=step)
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,109 @@
+"""The LightningModule: batch → autoencoder → objective(denoiser) → loss. All else in training is a callback."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from diffx.autoencoders import Autoencoder
+from diffx.conditioning import Conditioner
+from diffx.denoisers import Preconditioned
+from diffx.objectives import Objective
+from diffx.training.ema import EMA
+from diffx.training.lr_schedules import LRSchedule
+from diffx.utils import Keys
+
+
+class DiffusionModule(L.LightningModule):
+    """Trains a denoiser and keeps its EMA.
+
+    Arguments:
+        denoiser: the model.
+        objective: the loss; its parameters (learned weightings) are trained too.
+        autoencoder: gives the latents, or the pixels in [−1, 1]; frozen.
+        conditioner: gives the conditions, with drop-out.
+        ema: the average of `denoiser`.
+        optimizer: makes the optimizer from the parameters.
+        lr_schedule: factor of the learning rate per step.
+        seed: the seed of all random numbers of training.
+        batch_size: the global batch, over all ranks and accumulated micro-batches.
+    """
+
+    def __init__(
+        self,
+        denoiser: Preconditioned,
+        objective: Objective,
+        autoencoder: Autoencoder,
+        conditioner: Conditioner,
+        ema: EMA,
+        optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
+        lr_schedule: LRSchedule,
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.objective = objective
+        self.autoencoder = autoencoder.requires_grad_(False)
+        self.conditioner = conditioner
+        self.ema = ema
+        self.make_optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.seed = seed
+        self.batch_size = batch_size
+        self.grad_norm: Tensor | None = None
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """The loss of a micro-batch.
+
+        Arguments:
+            batch: `x`, `index` (global sample numbers) and what the conditioner reads.
+            batch_idx: unused: nothing depends on how samples are batched.
+
+        Returns:
+            `loss` `[]`, and per sample `losses` `[B]` and `logsnr` `[B]` for the log.
+        """
+        keys = Keys(self.seed, batch["index"], total=self.batch_size)
+        with torch.no_grad():
+            x = self.autoencoder.encode(batch)
+        terms = self.objective(self.denoiser, x, keys, **self.conditioner(batch, keys))
+        losses = terms["loss"]
+        return {"loss": losses.mean(), "losses": losses.detach(), "logsnr": terms["logsnr"]}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, and the learning rate schedule per step."""
+        parameters = [p for p in (*self.denoiser.parameters(), *self.objective.parameters()) if p.requires_grad]
+        optimizer = self.make_optimizer(parameters)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the global norm, and keeps that norm for the log."""
+        if gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: torch.optim.Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """One optimizer step and one update of the EMA, whatever the accumulation."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.ema.update(self.denoiser, self.trainer.global_step)
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Seeds the network's drop-out from the step, so that a resumed run drops what the first would have dropped."""
+        micro = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(hash((self.seed, self.trainer.global_step, micro, self.trainer.global_rank)))

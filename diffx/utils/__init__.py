@@ -1,0 +1,8 @@
+"""Ground: errors, broadcasting and keyed random numbers. Imports nothing else of diffx."""
+
+from diffx.utils.broadcasting import expand_as
+from diffx.utils.errors import DiffxError, nearest
+from diffx.utils.files import atomic_path, write_text
+from diffx.utils.random import Keys
+
+__all__ = ["DiffxError", "Keys", "atomic_path", "expand_as", "nearest", "write_text"]

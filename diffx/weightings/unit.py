@@ -1,0 +1,18 @@
+"""The mean squared error of the network's own output."""
+
+from torch import Tensor
+
+from diffx.denoisers import Preconditioned
+from diffx.weightings.base import Weighting
+
+
+class Unit(Weighting):
+    r"""w = 1/c_out²: the network's squared error counts equally at every noise level.
+
+    DDPM's L_simple for ε (Ho et al., arXiv 2006.11239, Eq. 14), and in the same way for every other parameterization:
+    the objective follows the parameterization.
+    """
+
+    def forward(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
+        _, _, c_out = denoiser.parameterization(*denoiser.schedule(t))
+        return c_out**-2

@@ -1,0 +1,252 @@
+"""Every schedule keeps the contract: positive, decreasing, invertible, of the right shape, accurate in float32."""
+
+import math
+
+import pytest
+import torch
+from conftest import F64, build, choices, each
+from diffusers import DDPMScheduler
+from torch import nn
+
+from diffx.schedules import LOGSNR_MAX, Cosine, Flow, Linear, Schedule, Tabulated
+from diffx.schedules.base import logsnr
+from diffx.utils import DiffxError
+
+# 1 − 1e-6 and 1e-6, because all of (0, 1) is promised
+TIMES = torch.cat(
+    [torch.logspace(-6, -2, 100, dtype=F64), torch.linspace(0.011, 0.999, 989, dtype=F64), torch.tensor([1 - 1e-6])]
+)
+
+
+class Learned(Schedule):
+    """A schedule with a parameter, as a user would write one: `forward` alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(12.0))
+
+    def forward(self, t):
+        value = 6 - self.slope * t
+        return torch.sigmoid(value).sqrt(), torch.sigmoid(-value).sqrt()
+
+
+def built(choice):
+    return Learned() if choice == "learned" else build("schedule", choice)
+
+
+every_schedule = pytest.mark.parametrize("choice", [*choices("schedule"), "learned"])
+
+
+@every_schedule
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_coefficients_are_positive_and_logsnr_decreases(choice, dtype):
+    schedule, times = built(choice), TIMES.to(dtype)
+    alpha, sigma = schedule(times)
+    assert (alpha > 0).all() and (sigma > 0).all()
+    assert alpha.isfinite().all() and sigma.isfinite().all()
+    assert (schedule.logsnr(times).diff() < 0).all()
+
+
+@every_schedule
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_ends(choice, dtype):
+    schedule, ends = built(choice), torch.tensor([0.0, 1.0], dtype=dtype)
+    alpha, sigma = schedule(ends)
+    values = schedule.logsnr(ends)
+    assert alpha.isfinite().all() and sigma.isfinite().all()
+    assert (alpha >= 0).all() and (sigma >= 0).all()
+    assert values.abs().max() <= LOGSNR_MAX and values[0] > values[1]
+
+
+@each("schedule")
+def test_clean_at_the_start_and_nearly_noise_at_the_end(schedule):
+    alpha, sigma = build("schedule", schedule)(torch.tensor([0.0, 1.0], dtype=F64))
+    assert sigma[0] == 0
+    assert alpha[0] == pytest.approx(1, abs=1e-12)
+    assert alpha[1] / sigma[1] < 0.03
+
+
+@every_schedule
+def test_inverse_undoes_logsnr(choice):
+    schedule = built(choice)
+    torch.testing.assert_close(schedule.inverse(schedule.logsnr(TIMES)), TIMES, rtol=0, atol=1e-10)
+    single = TIMES[::10].float()
+    # the learned one is linear in t, which float32 cannot resolve next to logSNR = 6
+    atol = 1e-6 if choice == "learned" else 0
+    torch.testing.assert_close(schedule.inverse(schedule.logsnr(single)), single, rtol=1e-5, atol=atol)
+
+
+@every_schedule
+def test_inverse_beyond_the_range_is_an_end(choice):
+    t = built(choice).inverse(torch.tensor([100.0, -100.0], dtype=F64))
+    torch.testing.assert_close(t, torch.tensor([0.0, 1.0], dtype=F64), rtol=0, atol=1e-12)
+
+
+@every_schedule
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("shape", [(), (1,), (5,)])
+def test_shapes_and_dtypes(choice, shape, dtype):
+    schedule = built(choice)
+    t = torch.full(shape, 0.4, dtype=dtype)
+    outputs = [*schedule(t), schedule.logsnr(t), schedule.inverse(torch.full(shape, 1.0, dtype=dtype))]
+    for value in outputs:
+        assert value.shape == shape
+        assert value.dtype == dtype
+    # one time at a time or all at once is the same
+    torch.testing.assert_close(outputs[2], schedule.logsnr(t.reshape(-1)[:1]).expand(t.numel()).reshape(shape))
+
+
+@each("schedule")
+def test_float32_is_as_accurate_as_its_times(schedule):
+    schedule = build("schedule", schedule)
+    times = TIMES.float()
+    for near_the_end, tolerance in ((False, 2e-6), (True, 1e-4)):
+        t = times[(times > 0.9) == near_the_end]
+        for single, exact in zip(schedule(t), schedule(t.double()), strict=True):
+            torch.testing.assert_close(single.double(), exact, rtol=tolerance, atol=0)
+        torch.testing.assert_close(schedule.logsnr(t).double(), schedule.logsnr(t.double()), rtol=0, atol=4 * tolerance)
+
+
+@every_schedule
+def test_levels_hold_the_schedule_and_its_slopes(choice):
+    schedule = built(choice)
+    times = torch.tensor([0.97, 0.7013, 0.5, 0.2, 0.0507], dtype=F64)
+    levels = schedule.levels(times)
+    h = 1e-6
+    alpha, sigma = schedule(times)
+    slopes = [(up - down) / (2 * h) for up, down in zip(schedule(times + h), schedule(times - h), strict=True)]
+    for k, level in enumerate(levels):
+        assert level.t.equal(times[k]) and level.t.shape == ()
+        assert level.time == times[k].item()
+        assert isinstance(level.alpha, float) and isinstance(level.d_sigma, float)
+        assert level.alpha == pytest.approx(alpha[k].item(), rel=1e-14)
+        assert level.sigma == pytest.approx(sigma[k].item(), rel=1e-14)
+        assert level.logsnr == pytest.approx(2 * math.log(level.alpha / level.sigma), abs=1e-12)
+        assert level.d_alpha == pytest.approx(slopes[0][k].item(), rel=2e-6, abs=1e-8)
+        assert level.d_sigma == pytest.approx(slopes[1][k].item(), rel=2e-6, abs=1e-8)
+
+
+@every_schedule
+def test_levels_of_a_batch_are_those_of_each_time(choice):
+    schedule = built(choice)
+    times = torch.tensor([0.9, 0.1, 0.5], dtype=F64)
+    batch = schedule.level(times, like=torch.zeros(3, 2, 4, 4))
+    assert batch.t.equal(times)
+    for name in ("time", "alpha", "sigma", "logsnr", "d_alpha", "d_sigma"):
+        value = getattr(batch, name)
+        assert value.shape == (3, 1, 1, 1)
+        one_by_one = [getattr(level, name) for level in schedule.levels(times)]
+        torch.testing.assert_close(value.flatten(), torch.tensor(one_by_one, dtype=F64), rtol=1e-12, atol=1e-12)
+
+
+@every_schedule
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_levels_need_no_autograd_of_the_caller_and_leave_none(choice, mode):
+    schedule = built(choice)
+    times = torch.tensor([0.6, 0.3], dtype=F64)
+    expected = schedule.levels(times)
+    with mode():
+        inside = schedule.levels(times.clone())
+        batch = schedule.level(times.clone(), like=torch.zeros(2, 3))
+    for a, b in zip(inside, expected, strict=True):
+        assert a[1:] == b[1:]
+    assert not any(value.requires_grad for value in batch)
+    assert all(parameter.grad is None for parameter in schedule.parameters())
+
+
+@every_schedule
+def test_levels_at_the_ends_are_numbers(choice):
+    noisy, clean = built(choice).levels(torch.tensor([1.0, 0.0], dtype=F64))
+    assert all(math.isfinite(value) for value in noisy[1:])
+    assert all(math.isfinite(value) for value in clean[1:-1])  # √t has no slope at 0
+
+
+def test_a_learned_schedule_learns():
+    schedule = Learned()
+    schedule.logsnr(torch.tensor([0.5])).sum().backward()
+    assert schedule.slope.grad is not None and schedule.slope.grad != 0
+
+
+def test_logsnr_is_bounded_where_a_coefficient_vanishes():
+    zero, one = torch.zeros(()), torch.ones(())
+    assert logsnr(zero, one) == -LOGSNR_MAX
+    assert logsnr(one, zero) == LOGSNR_MAX
+
+
+def test_ddpm_is_the_table():
+    schedule = build("schedule", "ddpm")
+    alpha, sigma = schedule(torch.arange(1, 1001, dtype=F64) / 1000)
+    exact = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=F64), 0)
+    torch.testing.assert_close(alpha**2, exact, rtol=1e-12, atol=0)
+    torch.testing.assert_close(sigma**2, 1 - exact, rtol=1e-11, atol=0)
+    torch.testing.assert_close((alpha**2).float(), DDPMScheduler().alphas_cumprod, rtol=1e-5, atol=0)
+
+
+def test_a_table_keeps_its_nodes_and_is_smooth_between():
+    betas = torch.tensor([0.1, 0.5, 0.2, 0.3], dtype=F64)
+    schedule = Tabulated(betas)
+    nodes = torch.arange(5, dtype=F64) / 4
+    exact = torch.cat([torch.ones(1, dtype=F64), torch.cumprod(1 - betas, 0)])
+    torch.testing.assert_close(schedule(nodes)[0] ** 2, exact, rtol=1e-12, atol=0)
+    # the slopes on both sides of an inner node agree
+    left, right = (schedule.levels(nodes[1:-1] + shift) for shift in (-1e-9, 1e-9))
+    for a, b in zip(left, right, strict=True):
+        assert a.d_alpha == pytest.approx(b.d_alpha, rel=1e-6)
+
+
+@pytest.mark.parametrize("betas", [[], [0.0, 0.1], [0.1, 1.0], [[0.1]], [0.1, float("nan")]])
+def test_a_table_of_impossible_betas_is_refused(betas):
+    with pytest.raises(DiffxError, match=r"schedule\.betas"):
+        Tabulated(betas)
+
+
+def test_one_step_table():
+    alpha, _ = Tabulated([0.36])(torch.tensor([0.0, 1.0], dtype=F64))
+    torch.testing.assert_close(alpha, torch.tensor([1.0, 0.8], dtype=F64))
+
+
+def test_linear_is_the_limit_of_ddpms_table():
+    t = torch.arange(1, 1001, dtype=F64) / 1000
+    difference = []
+    for steps in (1000, 4000):
+        # β per step shrinks as the steps multiply
+        table = Tabulated(torch.linspace(0.1 / steps, 20 / steps, steps, dtype=F64))
+        difference.append((table(t)[0] ** 2 - Linear()(t)[0] ** 2).abs().max().item())
+    assert difference[0] < 5e-3
+    assert difference[1] == pytest.approx(difference[0] / 4, rel=0.1)
+
+
+def test_linear_agrees_with_its_integral():
+    t = torch.linspace(0, 1, 200001, dtype=F64)
+    beta = 0.1 + (20 - 0.1) * t
+    integral = torch.cumulative_trapezoid(beta, t)
+    torch.testing.assert_close(2 * Linear()(t[1:])[0].log(), -integral, rtol=1e-9, atol=1e-12)
+
+
+def test_cosine_agrees_with_diffusers_before_the_clipped_step():
+    table = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
+    schedule = Cosine()
+    alpha, sigma = schedule(torch.arange(1, 1000, dtype=F64) / 1000)
+    # ᾱ_min moves ᾱ by at most itself; the rest is diffusers' float32 product
+    torch.testing.assert_close(alpha**2, table[:-1], rtol=5e-5, atol=schedule.alpha_bar_min)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=1e-14, atol=0)
+    assert schedule(torch.ones((), dtype=F64))[0].item() == pytest.approx(math.sqrt(3e-7), rel=1e-6)
+
+
+@pytest.mark.parametrize("choice", ["linear", "cosine", "ddpm"])
+def test_variance_preserving(choice):
+    alpha, sigma = build("schedule", choice)(TIMES)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=1e-14, atol=0)
+
+
+def test_variance_exploding_is_geometric():
+    t = torch.linspace(0.3, 1, 8, dtype=F64)
+    _, sigma = build("schedule", "ve")(t)
+    torch.testing.assert_close((sigma**2 + 0.01**2).sqrt(), 0.01 * (50 / 0.01) ** t, rtol=1e-12, atol=0)
+
+
+def test_flow_and_edm_are_straight():
+    alpha, sigma = Flow()(TIMES)
+    assert alpha.equal(1 - TIMES) and sigma.equal(TIMES)
+    alpha, sigma = build("schedule", "edm")(TIMES)
+    assert (alpha == 1).all() and sigma.equal(80.0 * TIMES)
