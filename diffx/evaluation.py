@@ -16,8 +16,15 @@ from torch import Tensor
 from diffx.data import DataSource, Images
 from diffx.data.base import SplitName
 from diffx.generate import Generator
-from diffx.metrics import Extractor, ImageMetrics, Value, cached_statistics, frechet_distance, standard_metrics
-from diffx.metrics.statistics import Statistics, reference_statistics
+from diffx.metrics import (
+    Extractor,
+    FrechetDistance,
+    ImageMetrics,
+    Statistics,
+    Value,
+    cached_statistics,
+    standard_metrics,
+)
 from diffx.utils import DiffxError, Keys, write_text
 
 
@@ -151,18 +158,18 @@ class Evaluator:
             for index in torch.arange(total).split(self.batch_size):
                 yield (Keys(0, index).uniform("noise-baseline", *shape) * 256).to(torch.uint8)
 
-        def value(name: str, images: Iterable[Tensor], of: str) -> Value:
-            distance = frechet_distance(reference_statistics(images, self.extractor), reference)
-            return Value(f"{self.extractor.fd_name}_{name}", distance, None, total, of)
+        def value(name: str, images: Iterable[Tensor]) -> Value:
+            metrics = ImageMetrics(self.extractor, [FrechetDistance(f"{self.extractor.fd_name}_{name}", reference)])
+            metrics.to(self.extractor.device)
+            done = 0
+            for batch in images:
+                metrics.update(batch, None, torch.arange(done, done + len(batch)))
+                done += len(batch)
+            (found,) = metrics.compute().values()
+            return found
 
-        real = in_batches(other, self.batch_size, total)
-        return {
-            v.name: v
-            for v in (
-                value("floor", real, f"the other split's images against the {self.reference} images"),
-                value("noise", noise(), f"uniform noise against the {self.reference} images"),
-            )
-        }
+        found = [value("floor", in_batches(other, self.batch_size, total)), value("noise", noise())]
+        return {v.name: v for v in found}
 
     def protocol(self) -> dict[str, Any]:
         """What the values depend on, as far as it is the evaluator's business."""

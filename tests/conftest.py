@@ -23,7 +23,7 @@ def build(group, choice, **overrides):
     """The object that a YAML file describes."""
     config = OmegaConf.load(CONFIGS / group / f"{choice}.yaml")
     if group == "sampler":
-        del config["steps"]  # the generator's, not the class's
+        config.pop("steps", None)  # the generator's, not the class's
     return instantiate(config, **overrides)
 
 

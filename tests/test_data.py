@@ -676,11 +676,12 @@ def test_folders_that_make_no_sense_are_refused(tmp_path):
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
-    write_classes(tmp_path / "elsewhere", names=("cat",))
+    write_classes(tmp_path / "elsewhere", names=("cat", "puppy"))
     write_classes(tmp_path / "set", names=("dog",))
     (tmp_path / "set" / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
+    (tmp_path / "set" / "dog" / "young").symlink_to(tmp_path / "elsewhere" / "puppy")
     (tmp_path / "set" / "dog" / "up").symlink_to(tmp_path / "set" / "dog")
-    assert len(folder(tmp_path / "set", num_classes=2, test_fraction=0).split("train")) == 20
+    assert len(folder(tmp_path / "set", num_classes=2, test_fraction=0).split("train")) == 30
 
 
 def test_corrupt_files_are_found_before_training_and_named(tmp_path):

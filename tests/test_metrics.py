@@ -41,7 +41,7 @@ from diffx.metrics import (
     standard_metrics,
     statistics_path,
 )
-from diffx.metrics.values import jackknife
+from diffx.metrics.values import block_of, jackknife
 from diffx.utils import DiffxError, Keys
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "extractor"
@@ -425,13 +425,22 @@ def test_reset_forgets_all_images(scene):
     same(metrics.compute(), before)
 
 
+@pytest.mark.parametrize("classes", [1, 2, 3, 10, 100, 1000])
+def test_every_block_holds_every_class_alike(classes):
+    index = torch.arange(classes * 1000)
+    table = torch.bincount(index % classes * BLOCKS + block_of(index), minlength=classes * BLOCKS)
+    # classes are dealt out in turn: leaving a block out must not leave a class out
+    assert table.min() >= 60
+    assert table.max() <= 140
+
+
 def test_blocks_follow_the_sample_number():
     features = normal(30, 3, seed=1)
     metric = FrechetDistance("fd", statistics_of(normal(60, 3, seed=2)))
     metric.update(observation(features))
     count, first, _ = metric.moments.totals()
     assert count.tolist() == [3] * BLOCKS
-    expected = features[torch.arange(30) % BLOCKS == 4].sum(dim=0) - 3 * metric.moments.centre
+    expected = features[block_of(torch.arange(30)) == 4].sum(dim=0) - 3 * metric.moments.centre
     torch.testing.assert_close(first[4], expected)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from diffx.denoisers import Preconditioned
 from diffx.objectives import Denoising
-from diffx.parameterizations import EDM, V, Eps, FlowVelocity
+from diffx.parameterizations import EDM, Eps, FlowVelocity, V
 from diffx.time_samplers import TimeSampler
 from diffx.utils import DiffxError, Keys, expand_as
 

@@ -1,4 +1,4 @@
-"""Keyed random numbers: the published generator, the same bits for a sample in whatever batch, and honest statistics."""
+"""Keyed random numbers: the published generator, the same bits for a sample in any batch, honest statistics."""
 
 import hashlib
 

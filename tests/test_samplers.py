@@ -1,8 +1,8 @@
 """Every sampler converges as it declares: to the exact solution, or to the exact distribution.
 
-Data whose denoiser is known exactly (a Gaussian, a mixture) leave no other error than the solver's. The probability-flow
-ODE has one solution in y = x/α as a function of ρ = σ/α whatever the schedule, dy/d log ρ = y − x̂, which is where the
-reference comes from, so that no schedule's slopes enter into it.
+Data whose denoiser is known exactly (a Gaussian, a mixture) leave no other error than the solver's. The
+probability-flow ODE has one solution in y = x/α as a function of ρ = σ/α whatever the schedule, dy/d log ρ = y − x̂,
+which is where the reference comes from, so that no schedule's slopes enter into it.
 """
 
 from functools import lru_cache, partial
@@ -122,12 +122,10 @@ def test_the_whole_way_to_the_clean_end_converges(schedule, sampler):
     start = grid(denoiser.schedule, 4)[0].item()
     x = noisy(denoiser, 16, start)
     exact = closed_form(denoiser, x, start, 0.0)
-    errors = [
-        (sampler(denoiser, x, grid(denoiser.schedule, k), noise=no_noise) - exact).abs().max() for k in (32, 64, 128)
-    ]
-    print(errors)
-    assert errors[2] < errors[1] < errors[0]
-    assert errors[2] < 0.005
+    steps = (32, 64, 128)
+    errors = [(sampler(denoiser, x, grid(denoiser.schedule, k), noise=no_noise) - exact).abs().max() for k in steps]
+    assert slope_of(errors, steps) > sampler.order - 0.3
+    assert errors[-1] < (0.15 if sampler.order == 1 else 0.005)
 
 
 # ---- the distribution of stochastic samplers ----
@@ -156,7 +154,7 @@ def affine(sampler, denoiser, times):
 
 
 def moments_error(sampler, denoiser, times):
-    """Errors of the mean and of the variance at the end, in units of the exact ones, from the exact ones at the start."""
+    """Relative errors of the mean and of the variance at the end, from the exact ones at the start."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = (levels_at(denoiser.schedule, times[i].item()) for i in (0, -1))
     mean, std = denoiser.means.item(), denoiser.stds.item()
     slope, offset, gains = affine(sampler, denoiser, times)
@@ -208,11 +206,10 @@ def test_the_larger_variance_is_exact_for_standard_normal_data(schedule, steps):
 
 
 @every_sampler
-@pytest.mark.parametrize("discretization", ["karras", "uniform"])
-@each("schedule")
+@pytest.mark.parametrize(
+    ("schedule", "discretization"), [*((choice, "karras") for choice in choices("schedule")), ("flow", "uniform")]
+)
 def test_the_distribution_of_the_samples(schedule, discretization, sampler):
-    if (schedule, discretization) == ("edm", "uniform"):
-        pytest.skip("its last step would start from a noise as large as the data")
     denoiser, sampler, n = mixture(build("schedule", schedule)), built(sampler), 2000
     times = build("discretization", discretization)(denoiser.schedule, 512 if sampler.order == 1 else 64)
     sigma = levels_at(denoiser.schedule, times[0].item())[1]
@@ -268,9 +265,7 @@ def test_a_time_for_each_sample_is_the_step_of_that_sample_alone(schedule, sampl
     together = two_steps(sampler, denoiser, x, [denoiser.schedule.level(t, x) for t in times], torch.arange(3))
     assert together.isfinite().all()
     for k in range(3):
-        alone = two_steps(
-            sampler, denoiser, x[k : k + 1], denoiser.schedule.levels(times[:, k]), torch.tensor([k])
-        )
+        alone = two_steps(sampler, denoiser, x[k : k + 1], denoiser.schedule.levels(times[:, k]), torch.tensor([k]))
         torch.testing.assert_close(together[k : k + 1], alone, rtol=1e-9, atol=1e-9)
 
 

@@ -150,7 +150,8 @@ def table(evaluation: Evaluation) -> Table:
     protocol, reference = evaluation.protocol, evaluation.protocol["reference"]
     shown = Table(
         title=f"{protocol['num_samples']} samples of the EMA at step {protocol['step']}, NFE {protocol['nfe']}; "
-        f"reference: {reference['images']} {reference['split']} images of {reference['data']}; protocol {evaluation.fingerprint}",
+        f"reference: {reference['images']} {reference['split']} images of {reference['data']}",
+        caption=f"protocol {evaluation.fingerprint}",
         title_justify="left",
     )
     for column in ("metric", "value", "± 1 standard error", "n", "protocol"):

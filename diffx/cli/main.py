@@ -6,7 +6,7 @@ import signal
 import sys
 
 from diffx.cli.help import COMMANDS, command_help, overview
-from diffx.utils.errors import DiffxError, nearest
+from diffx.errors import DiffxError, nearest
 
 
 def main(argv: list[str] | None = None) -> None:

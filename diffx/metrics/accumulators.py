@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from diffx.metrics.values import BLOCKS
+from diffx.metrics.values import BLOCKS, block_of
 
 
 class Sums(Metric):
@@ -71,7 +71,7 @@ class FeatureMoments(Metric):
             index: the global sample numbers, int64 `[B]`.
         """
         features = features.to(torch.float64) - self.centre
-        block = index % self.blocks
+        block = block_of(index) % self.blocks
         for g in range(self.blocks):
             members = features[block == g]
             self.count[g] += len(members)

@@ -42,7 +42,7 @@ class ClassConsistency(ImageMetric):
         """One value between 0 and 1."""
         sums = self.sums.compute()
         n, hits = int(sums["count"]), int(sums["hits"])
-        method = "share of images whose most probable class is the label asked for; binomial standard error"
+        method = "share whose most probable class is the label asked for; ± binomial"
         if n == 0:
             return [Value(self.name, math.nan, None, 0, method, "undefined: no image was asked to be of a class")]
         share = hits / n

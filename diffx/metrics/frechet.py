@@ -74,7 +74,7 @@ class FrechetDistance(ImageMetric):
         present = [g for g in range(len(count)) if 0 < count[g] <= n - 2]
         without = [self._distance_of(n - count[g], f - first[g], s - second[g]) for g in present]
         stderr = jackknife(torch.tensor(without, dtype=torch.float64))
-        method = f"Fréchet distance, float64; standard error by a jackknife over {BLOCKS} blocks of images"
+        method = f"float64; ± jackknife over {BLOCKS} blocks of images"
         return [Value(self.name, value, stderr, total, method, self._note(total, value))]
 
     def reset(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffx.metrics.accumulators import Sums
 from diffx.metrics.base import ImageMetric, Observation
-from diffx.metrics.values import BLOCKS, Value, jackknife
+from diffx.metrics.values import BLOCKS, Value, block_of, jackknife
 
 
 class InceptionScore(ImageMetric):
@@ -50,7 +50,7 @@ class InceptionScore(ImageMetric):
             raise ValueError(f"sample {int(seen.index.max())} is not among the {self.total} announced")
         log_p = seen.logits.to(torch.float64).log_softmax(dim=1)
         p = log_p.exp()
-        cell = seen.index % BLOCKS * self.splits + self.split[seen.index]
+        cell = block_of(seen.index) * self.splits + self.split[seen.index]
         member = torch.nn.functional.one_hot(cell, BLOCKS * self.splits).to(torch.float64)
         shape = (BLOCKS, self.splits)
         self.sums.update(
@@ -68,7 +68,7 @@ class InceptionScore(ImageMetric):
         present = count.sum(dim=1) > 0
         without = _score(*(x.sum(0) - x[present] for x in (count, negentropy, p))) if n > 1 else torch.empty(0)
         order = "in sample order" if self.shuffle_seed is None else f"shuffled by RandomState({self.shuffle_seed})"
-        method = f"mean over {self.splits} splits {order}; standard error by a jackknife over {BLOCKS} blocks of images"
+        method = f"mean over {self.splits} splits {order}; ± jackknife over {BLOCKS} blocks of images"
         return [Value(self.name, value, jackknife(without), n, method, self._note(n, value))]
 
     def reset(self) -> None:

@@ -10,7 +10,7 @@ from diffx.metrics.base import ImageMetric, Observation
 from diffx.metrics.values import Value
 
 _CHUNK = 2**24  # elements of float64: 128 MiB
-_METHOD = "mean over images of the RMS difference per pixel, on [−1, 1], to the nearest training image"
+_METHOD = "RMS pixel difference, on [−1, 1], to the nearest training image; ± of the mean"
 
 
 class NearestDistance(ImageMetric):
@@ -41,14 +41,14 @@ class NearestDistance(ImageMetric):
         sums = self.sums.compute()
         mean, stderr, n = _mean(sums["count"].item(), sums["distance"].item(), sums["square"].item())
         note = "" if n else "undefined without images"
-        values = [Value("nn_distance", mean, stderr, n, _METHOD + "; standard error of a mean", note)]
+        values = [Value("nn_distance", mean, stderr, n, _METHOD, note)]
         if self.heldout_images is None:
             return values
         if self._heldout is None:
             d = nearest_distance(self.heldout_images.to(sums["count"].device), self.training_images)
             self._heldout = _mean(len(d), d.sum().item(), d.square().sum().item())
         mean_0, stderr_0, n_0 = self._heldout
-        values.append(Value("nn_distance_heldout", mean_0, stderr_0, n_0, _METHOD + "; standard error of a mean"))
+        values.append(Value("nn_distance_heldout", mean_0, stderr_0, n_0, _METHOD))
         return [*values, _ratio(values[0], values[1])]
 
     def reset(self) -> None:
@@ -90,5 +90,5 @@ def _ratio(images: Value, heldout: Value) -> Value:
     stderr = None
     if images.stderr is not None and heldout.stderr is not None and images.value and heldout.value:
         stderr = ratio * math.hypot(images.stderr / images.value, heldout.stderr / heldout.value)
-    method = "nn_distance / nn_distance_heldout; below 1: nearer to the training images than unseen images are"
+    method = "nn_distance / nn_distance_heldout; near 0 where training images are copied"
     return Value("nn_ratio", ratio, stderr, images.n, method)

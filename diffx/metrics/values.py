@@ -5,8 +5,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from diffx.utils.random import mix64
+
 BLOCKS = 10
-"""Jackknife blocks: image k belongs to block k mod 10, whatever the batches and the ranks."""
+"""Jackknife blocks; `block_of` says which image belongs to which."""
+
+
+def block_of(index: Tensor) -> Tensor:
+    """The block of each image: ten consecutive ones fall into ten blocks, in an order that changes from ten to ten.
+
+    Not the last digit of the sample number: classes are dealt out in turn, so that every tenth image of ten classes is
+    of one class, and leaving it out no small change.
+
+    Arguments:
+        index: global sample numbers, int64 of any shape.
+
+    Returns:
+        Numbers in 0 … BLOCKS − 1, of the same shape, whatever the batches and the ranks.
+    """
+    return (index + mix64(index // BLOCKS) % BLOCKS) % BLOCKS
 
 
 @dataclass(frozen=True)

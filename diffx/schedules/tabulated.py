@@ -13,8 +13,9 @@ from diffx.utils import DiffxError
 class Tabulated(Schedule):
     r"""Variance preserving through a table: at t = i/T exactly ᾱ_i = ∏_{j ≤ i} (1 − β_j), with ᾱ_0 = 1.
 
-    Between the steps log ᾱ is a monotone cubic (Fritsch and Butland, *A Method for Constructing Local Monotone Piecewise
-    Cubic Interpolants*, 1984), whose continuous slope lets solvers of the probability-flow ODE keep their order.
+    Between the steps log ᾱ is a monotone cubic (Fritsch and Butland, *A Method for Constructing Local Monotone
+    Piecewise Cubic Interpolants*, 1984), whose continuous slope lets solvers of the probability-flow ODE keep their
+    order.
 
     Arguments:
         betas: β_1 … β_T, each in (0, 1).

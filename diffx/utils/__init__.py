@@ -1,7 +1,7 @@
-"""Ground: errors, broadcasting and keyed random numbers. Imports nothing else of diffx."""
+"""Ground: errors, files, broadcasting and keyed random numbers. Imports nothing else of diffx but the errors."""
 
+from diffx.errors import DiffxError, nearest
 from diffx.utils.broadcasting import expand_as
-from diffx.utils.errors import DiffxError, nearest
 from diffx.utils.files import atomic_path, write_text
 from diffx.utils.random import Keys
 

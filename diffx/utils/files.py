@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffx.utils.errors import DiffxError
+from diffx.errors import DiffxError
 
 
 @contextmanager
