@@ -84,7 +84,7 @@ class Evaluator:
     ) -> None:
         self.extractor = extractor
         self.source = source
-        self.reference = reference
+        self.reference: SplitName = reference
         self.batch_size = batch_size
         self.nearest = nearest
         self._statistics: Statistics | None = None
@@ -150,7 +150,8 @@ class Evaluator:
         reference = self.statistics
         if reference is None:
             return {}
-        other = self.source.split("train" if self.reference == "test" else "test")
+        splits: dict[SplitName, SplitName] = {"train": "test", "test": "train"}
+        other = self.source.split(splits[self.reference])
         total = min(len(other), 10_000)
         shape = (self.source.channels, self.source.image_size, self.source.image_size)
 

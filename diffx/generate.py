@@ -22,7 +22,7 @@ from diffx.utils import Keys
 class Generated(NamedTuple):
     """A batch of samples: numbers int64 `[B]`, labels int64 `[B]`, images uint8 `[B, C, H, W]`."""
 
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]: no one searches a batch with tuple.index
     label: Tensor
     images: Tensor
 

@@ -59,7 +59,9 @@ class ProgressBar(L.Callback):
         self._bar.add_task("train", total=trainer.max_steps, completed=trainer.global_step, text="")
         self._bar.start()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Updates the bar when it is time, never the device: it shows what the log has already read."""
         now = time.perf_counter()
         if now < self._next or not trainer.is_global_zero:
@@ -130,7 +132,9 @@ class EvaluateEMA(L.Callback):
         self.per_class = per_class
         self.console = console
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Evaluates where it is time; the end of training is left to the final evaluation."""
         step = trainer.global_step
         due = self.every_n_steps and step % self.every_n_steps == 0 and step < trainer.max_steps

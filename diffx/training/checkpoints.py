@@ -82,7 +82,9 @@ class Checkpoints(L.Callback):
             raise KeyboardInterrupt  # asked twice: the user does not want to wait
         self.signal = number
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Saves where it is time, or where any rank has been asked to stop."""
         stepped = not trainer.fit_loop._should_accumulate()
         stop = stepped and self._any_rank(trainer, self.signal is not None)

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffx.denoisers import Preconditioned
 
@@ -36,6 +36,8 @@ class EMA(nn.Module):
         """
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
         # one fused call over all tensors instead of one per parameter
-        torch._foreach_lerp_(list(self.denoiser.parameters()), list(denoiser.parameters()), 1 - decay)
+        averages: list[Tensor] = [*self.denoiser.parameters()]
+        weights: list[Tensor] = [*denoiser.parameters()]
+        torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         for average, current in zip(self.denoiser.buffers(), denoiser.buffers(), strict=True):
             average.copy_(current)

@@ -10,8 +10,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from safetensors.torch import load_file, save_file
 
 from diffx.denoisers import Denoiser
