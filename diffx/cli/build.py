@@ -51,8 +51,8 @@ def build(config: Config) -> Arm:
     source: DataSource = make(config, "data")
     autoencoder: Autoencoder = make(config, "autoencoder")
     conditioner: Conditioner = make(config, "conditioning")
-    schedule, parameterization = make(config, "schedule"), make(config, "parameterization")
-    denoiser = Preconditioned(make(config, "backbone"), schedule, parameterization)
+    trained = "trained_schedule" if "trained_schedule" in config else "schedule"
+    denoiser = Preconditioned(make(config, "backbone"), make(config, trained), make(config, "parameterization"))
     objective = make(
         config, "objective", time_sampler=make(config, "time_sampler"), weighting=make(config, "weighting")
     )
@@ -95,8 +95,8 @@ def generators(
         raise DiffxError("classifier-free guidance needs a conditional model; set guidance=none or conditioning=label")
 
     def generator(denoiser: Denoiser) -> Generator:
-        if "sample_schedule" in config:
-            denoiser = Rescheduled(denoiser, make(config, "sample_schedule"))
+        if rescheduled(config):
+            denoiser = Rescheduled(denoiser, make(config, "schedule"))
         return Generator(
             thresholding(guidance(denoiser, conditioner)),
             sampler,
@@ -110,6 +110,11 @@ def generators(
         )
 
     return generator
+
+
+def rescheduled(config: Config) -> bool:
+    """Whether a trained model is to be sampled on another schedule than its own."""
+    return "trained_schedule" in config and config["trained_schedule"] != config["schedule"]
 
 
 def check(arm: Arm) -> None:
@@ -133,6 +138,8 @@ def check(arm: Arm) -> None:
         )
     arm.source.prepare()
     arm.source.check()
+    # what fits into memory is decoded now, so that a corrupt file is found before anything is written
+    arm.source.split("train")
     if config["evaluation"]["num_samples"] or config["evaluation"]["interim_samples"]:
         arm.evaluator.check()
     arm.generator(arm.module.denoiser).times()

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from diffx.cli import execute
 from diffx.cli.build import build
-from diffx.cli.sample import device_of
+from diffx.cli.sample import announce, device_of
 from diffx.cli.trained import run_command
 from diffx.experiment import Run
 from diffx.training.fit import load_weights
@@ -25,6 +25,7 @@ def evaluate(config: dict[str, Any], run: Run) -> int:
     if config["evaluation"]["num_samples"] < 1:
         raise DiffxError("evaluation.num_samples is 0; set evaluation.num_samples=N to evaluate")
     arm = build(config)
+    announce(config, console)
     arm.source.check()
     denoiser = arm.module.ema.denoiser
     load_weights(denoiser, run.weights, run.newest_checkpoint()[0])

@@ -120,14 +120,14 @@ def evaluate(
         "nfe": generator.nfe,
         "guidance": config["guidance"],
         "thresholding": config["thresholding"],
-        "schedule": config.get("sample_schedule", config["schedule"]),
+        "schedule": config["schedule"],
         "sampling_precision": "32-true",
         "ema": config["ema"],
         "sample_seed": config["evaluation"]["seed"],
     }
     # extractor choice aside, nothing here depends on which run was measured: equal protocols are comparable
     digest = fingerprint(protocol)
-    protocol |= {"step": status.get("step"), "seed": config["seed"], "identity": fingerprint(identity(config))}
+    protocol |= {"step": status.get("step"), "seed": config["seed"], "identity": fingerprint(identity(run.config()))}
     file = run.evaluations / f"step={status.get('step', 0):08d}-{digest}.json"
     if file.is_file():
         return Evaluation.load(file), file
@@ -153,9 +153,12 @@ def table(evaluation: Evaluation) -> Table:
         f"reference: {reference['images']} {reference['split']} images of {reference['data']}",
         caption=f"protocol {evaluation.fingerprint}",
         title_justify="left",
+        caption_justify="left",
     )
-    for column in ("metric", "value", "± 1 standard error", "n", "protocol"):
-        shown.add_column(column, justify="right" if column in ("value", "± 1 standard error", "n") else "left")
+    shown.add_column("metric", no_wrap=True)
+    for column in ("value", "±1 s.e.", "n"):
+        shown.add_column(column, justify="right")
+    shown.add_column("how", overflow="fold")
     for value in evaluation.values.values():
         shown.add_row(value.name, f"{value.value:.4g}", _error(value), str(value.n), value.note or value.method)
     return shown

@@ -43,7 +43,8 @@ usage: diffx sample run=DIR [KEY=VALUE …] [GROUP=CHOICE …]      (-m sweeps)
                      by default a grid in the run directory
   batch_size=256     samples per batch
   device=auto        auto, cpu, cuda
-Sampler, discretization, guidance and thresholding are those of the run unless you say otherwise.
+Sampler, discretization, guidance, thresholding and schedule are those of the run unless you say otherwise; on another
+schedule the model is sampled at equal logSNR.
 
 examples:
   diffx sample run=runs/digits/default-1a2b3c4d5e/seed0
@@ -103,8 +104,8 @@ def command_help(name: str) -> str:
     text = _TEXTS[name]
     shown = {
         "train": list(groups()),
-        "sample": ["sampler", "discretization", "guidance", "thresholding"],
-        "evaluate": ["sampler", "discretization", "guidance", "thresholding", "extractor"],
+        "sample": ["sampler", "discretization", "guidance", "thresholding", "schedule"],
+        "evaluate": ["sampler", "discretization", "guidance", "thresholding", "schedule", "extractor"],
         "fit-extractor": ["data"],
     }[name]
     choices = groups()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from diffx.cli.build import Arm, build
+from diffx.cli.build import Arm, build, rescheduled
 from diffx.cli.execute import best_device
 from diffx.cli.trained import run_command
 from diffx.experiment import Run, fingerprint
@@ -35,6 +35,7 @@ def sample(config: dict[str, Any], run: Run) -> int:
     out = _destination(config, run)
     labels = config["labels"]
     arm = build(config)
+    announce(config, console)
     for label in labels or []:
         arm.module.conditioner.check(label)
     load_weights(arm.module.ema.denoiser, run.weights, run.newest_checkpoint()[0])
@@ -44,6 +45,15 @@ def sample(config: dict[str, Any], run: Run) -> int:
     _write(images, label, out, arm)
     console.print(f"{len(images)} samples, NFE {generator.nfe}: {out}", highlight=False, soft_wrap=True)
     return 0
+
+
+def announce(config: dict[str, Any], console: Console) -> None:
+    """Says what is converted where a model is sampled on another schedule than it was trained on."""
+    if rescheduled(config):
+        trained, asked = (config[key]["_target_"].split(".")[2:] for key in ("trained_schedule", "schedule"))
+        console.print(
+            f"trained on schedule {'.'.join(trained)}, sampled on {'.'.join(asked)} at equal logSNR", highlight=False
+        )
 
 
 def device_of(config: dict[str, Any]) -> str:

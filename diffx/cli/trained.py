@@ -12,7 +12,8 @@ from diffx.experiment import Run
 from diffx.experiment.identity import INFERENCE
 from diffx.utils import DiffxError
 
-GROUPS = sorted(INFERENCE - {"evaluation"})
+GROUPS = sorted(INFERENCE - {"evaluation"} | {"schedule"})
+"""What can be chosen anew: the schedule too, since a denoiser is a denoiser at equal logSNR on any schedule."""
 
 
 def run_command(argv: list[str], name: str, extra: dict[str, Any], task: Callable[[dict[str, Any], Run], int]) -> int:
@@ -56,4 +57,5 @@ def register(name: str, run: Run, extra: dict[str, Any]) -> None:
         store.store(name="run", group=group, node=DictConfig(frozen[group]))
     primary = {key: value for key, value in frozen.items() if key not in GROUPS}
     defaults: list[Any] = [{group: "run"} for group in GROUPS]
-    store.store(name=f"diffx_{name}", node=DictConfig({"defaults": [*defaults, "_self_"], **primary, **extra}))
+    primary |= {"defaults": [*defaults, "_self_"], "trained_schedule": frozen["schedule"], **extra}
+    store.store(name=f"diffx_{name}", node=DictConfig(primary))

@@ -105,9 +105,18 @@ class Checkpoints(L.Callback):
         self._give_back()
 
     def save(self, trainer: L.Trainer) -> None:
-        """Writes the checkpoint of this step, once, and removes the oldest beyond `keep_last`; all ranks call it."""
+        """Writes the checkpoint of this step, once, and removes the oldest beyond `keep_last`; all ranks call it.
+
+        Raises:
+            DiffxError: if the weights are not finite: no run could be resumed from them.
+        """
         if trainer.global_step == self._saved_at:
             return
+        if not all(parameter.isfinite().all() for parameter in trainer.lightning_module.parameters()):
+            raise DiffxError(
+                f"the weights are no longer finite at step {trainer.global_step}, and are not saved; lower optimizer.lr, "
+                "set training.gradient_clip_val=1, or use training.precision=32-true, and train anew"
+            )
         trainer.save_checkpoint(self.directory / f"step={trainer.global_step:08d}.ckpt")
         self._saved_at = trainer.global_step
         if trainer.is_global_zero:

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file, save_file
 
@@ -76,7 +77,7 @@ def fit(
     """
     _quieten()
     plugins: list[Any] = [AtomicCheckpointIO()]
-    if SLURMEnvironment.detect():
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # its own handler saves inside the handler, and registers only where nobody else has
         plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer = L.Trainer(
@@ -100,12 +101,12 @@ def fit(
         enable_model_summary=False,
         enable_autolog_hparams=False,
     )
-    if resume is not None:
-        step = _peek(resume)
-        for logger in loggers:
-            if isinstance(logger, CSVLogger):
-                logger.resume(step)
+    step = 0 if resume is None else _peek(resume)
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            logger.resume(step)
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
     return Outcome(trainer.global_step, checkpoints.signal if trainer.global_step < max_steps else None, trainer)
 
 

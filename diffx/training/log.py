@@ -32,13 +32,13 @@ class TrainingLog(L.Callback):
         self._edges = torch.tensor(LOGSNR_EDGES)
         self._clock = (0.0, 0)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The sums of the open window, so that a resumed run logs what the uninterrupted one logs."""
-        return {"sums": self.sums.cpu()}
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the open window of all ranks, so that a resumed run logs what the uninterrupted one logs."""
+        checkpoint["training_log"] = _over_ranks(trainer, self.sums.clone()).cpu()
 
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Restores the open window."""
-        self.sums = state_dict["sums"]
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restores the open window, on one rank: they will be added up again."""
+        self.sums = checkpoint["training_log"] * trainer.is_global_zero
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Moves the sums to the device and starts the clock."""
@@ -62,8 +62,7 @@ class TrainingLog(L.Callback):
             self._write(trainer, pl_module)
 
     def _write(self, trainer: L.Trainer, module: DiffusionModule) -> None:
-        sums = self.sums if trainer.world_size == 1 else trainer.strategy.reduce(self.sums, reduce_op="sum")
-        assert isinstance(sums, Tensor)
+        sums = _over_ranks(trainer, self.sums)
         total, count = sums.sum(0).tolist()
         now, step = time.perf_counter(), trainer.global_step
         elapsed, steps = now - self._clock[0], step - self._clock[1]
@@ -83,8 +82,16 @@ class TrainingLog(L.Callback):
         if not math.isfinite(self.latest["loss"]):
             raise DiffxError(
                 f"the loss became {self.latest['loss']} before step {step}; lower optimizer.lr, set "
-                "training.gradient_clip_val=1, or use training.precision=32-true, then run again to resume"
+                "training.gradient_clip_val=1, or use training.precision=32-true, and train anew"
             )
+
+
+def _over_ranks(trainer: L.Trainer, sums: Tensor) -> Tensor:
+    if trainer.world_size == 1:
+        return sums
+    total = trainer.strategy.reduce(sums, reduce_op="sum")
+    assert isinstance(total, Tensor)
+    return total
 
 
 def by_noise_level(sums: list[list[float]]) -> dict[str, float]:

@@ -103,10 +103,14 @@ def wandb_logger(
         entity: the team or user; the account's default if None.
         tags: tags.
     """
+    import wandb  # slow to import
+
     if "WANDB_MODE" not in os.environ and not _has_key():
         os.environ["WANDB_MODE"] = "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
     directory.mkdir(parents=True, exist_ok=True)
+    # the arm before in a sweep: Lightning would go on in its run
+    wandb.finish()
     return WandbLogger(
         name=name,
         save_dir=directory,

@@ -101,7 +101,8 @@ class DiffusionModule(L.LightningModule):
     ) -> None:
         """One optimizer step and one update of the EMA, whatever the accumulation."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.ema.update(self.denoiser, self.trainer.global_step)
+        # Lightning counts the step after this hook
+        self.ema.update(self.denoiser, self.trainer.global_step + 1)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Seeds the network's drop-out from the step, so that a resumed run drops what the first would have dropped."""

@@ -1,0 +1,30 @@
+"""Noise that depends on the sample number alone, against noise that depends on what was drawn before."""
+
+from functools import partial
+
+import torch
+from measure import Case, microseconds
+
+from diffx.utils import Keys
+
+SHAPES = ((64, 1, 8, 8), (128, 3, 32, 32))
+
+
+def cases(quick: bool) -> list[Case]:
+    """One case per shape `[B, C, H, W]`."""
+    return [_case(shape, quick) for shape in SHAPES]
+
+
+def _case(shape: tuple[int, ...], quick: bool) -> Case:
+    index = torch.arange(shape[0])
+    calls = max(1, (200_000 if quick else 2_000_000) // torch.Size(shape).numel())
+    return Case(
+        "noise, µs per call",
+        str(list(shape)),
+        {
+            "torch.randn": microseconds(partial(torch.randn, *shape), calls),
+            # new keys every time, as in training
+            "Keys.normal": microseconds(lambda: Keys(0, index).normal("noise", *shape[1:]), calls),
+        },
+        repetitions=3 if quick else 7,
+    )

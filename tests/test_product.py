@@ -1,0 +1,127 @@
+"""Every part goes with every other: whatever can be named on the command line trains and samples, or is refused."""
+
+import itertools
+from functools import lru_cache
+
+import pytest
+import torch
+from conftest import build, choices, keyed_noise
+
+from diffx.autoencoders import Pixels
+from diffx.conditioning import LabelConditioner
+from diffx.denoisers import Preconditioned
+from diffx.generate import Generator
+from diffx.objectives import Denoising
+from diffx.utils import DiffxError, Keys
+
+torch.set_num_threads(1)
+
+SHAPE, CLASSES, BATCH = (1, 8, 8), 10, 4
+IMAGES = {"in_channels": SHAPE[0], "image_size": SHAPE[1], "num_classes": CLASSES}
+BACKBONES = ("unet_tiny", "dit_tiny")
+
+
+def undefined(schedule, parameterization):
+    """Whether x̂ would be divided by an α of 0 at the noisy end."""
+    alpha, _ = build("schedule", schedule)(torch.ones(()))
+    return parameterization == "eps" and alpha.item() == 0
+
+
+PRODUCT = list(itertools.product(choices("schedule"), choices("parameterization"), choices("weighting"), BACKBONES))
+DEFINED = [names for names in PRODUCT if not undefined(*names[:2])]
+UNDEFINED = [pair for pair in itertools.product(choices("schedule"), choices("parameterization")) if undefined(*pair)]
+
+
+def denoiser_of(schedule, parameterization, backbone):
+    """A denoiser whose network does not start at 0, as fresh ones do: nothing is hidden by it."""
+    torch.manual_seed(0)
+    network = build("backbone", backbone, **IMAGES)
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return Preconditioned(network, build("schedule", schedule), build("parameterization", parameterization))
+
+
+def batch():
+    """Images in [−1, 1], labels and keys of one batch."""
+    keys = Keys(0, torch.arange(BATCH))
+    return keys.uniform("x", *SHAPE) * 2 - 1, torch.arange(BATCH), keys
+
+
+@pytest.mark.parametrize(("schedule", "parameterization", "weighting", "backbone"), DEFINED)
+def test_a_training_step_and_a_sampler_step(schedule, parameterization, weighting, backbone):
+    denoiser = denoiser_of(schedule, parameterization, backbone)
+    # one time in each quarter of (0, 1]
+    objective = Denoising(build("time_sampler", "stratified"), build("weighting", weighting))
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3)
+    before = [p.detach().clone() for p in denoiser.parameters()]
+    x, label, keys = batch()
+
+    terms = objective(denoiser, x, keys, label=label)
+    assert {name: (term.shape, term.dtype) for name, term in terms.items()} == {
+        "loss": ((BATCH,), torch.float32),
+        "logsnr": ((BATCH,), torch.float32),
+    }
+    assert terms["loss"].isfinite().all() and (terms["loss"] > 0).all()
+    assert terms["logsnr"].isfinite().all()
+    terms["loss"].mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in denoiser.parameters())
+    optimizer.step()
+    assert all(p.isfinite().all() for p in denoiser.parameters())
+    moved = [not p.equal(old) for p, old in zip(denoiser.parameters(), before, strict=True)]
+    assert sum(moved) > len(moved) / 2
+
+    times = torch.tensor([1.0, 0.6], dtype=torch.float64)
+    sampler, noise = build("sampler", "ddpm"), keyed_noise(torch.arange(BATCH), SHAPE, dtype=torch.float32)
+    with torch.no_grad():
+        _, sigma = denoiser.schedule(times[:1])
+        x_T = keys.normal("sample", *SHAPE) * sigma.float()
+        x_hat = denoiser(x_T, times[0].float(), label=label)
+        x_s = sampler(denoiser, x_T, times, noise=noise, label=label)
+    for value in (x_hat, x_s):
+        assert value.shape == x.shape and value.dtype == torch.float32 and value.isfinite().all()
+
+
+def test_some_combinations_are_undefined():
+    assert ("flow", "eps") in UNDEFINED  # otherwise the test below would test nothing
+
+
+@pytest.mark.parametrize(("schedule", "parameterization"), UNDEFINED)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_undefined_combinations_are_refused_with_the_remedy(schedule, parameterization, backbone):
+    with pytest.raises(DiffxError, match="alpha reaches 0") as refusal:
+        denoiser_of(schedule, parameterization, backbone)
+    assert "parameterization=v" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@lru_cache
+def one_denoiser():
+    return denoiser_of("cosine", "v", "unet_tiny").eval()
+
+
+@pytest.mark.parametrize("thresholding", choices("thresholding"))
+@pytest.mark.parametrize("guidance", choices("guidance"))
+@pytest.mark.parametrize("discretization", choices("discretization"))
+@pytest.mark.parametrize("sampler", choices("sampler"))
+def test_images_from_every_way_of_sampling(sampler, discretization, guidance, thresholding):
+    conditioner = LabelConditioner(CLASSES)
+    guided = build("guidance", guidance)(one_denoiser(), conditioner)
+    generator = Generator(
+        build("thresholding", thresholding)(guided),
+        build("sampler", sampler),
+        build("discretization", discretization),
+        2,
+        Pixels(),
+        conditioner,
+        SHAPE,
+        num_classes=CLASSES,
+    )
+    index = torch.arange(3)
+    latents = list(generator.trajectory(index))
+    assert len(latents) == 2
+    for latent in latents:
+        assert latent.shape == (3, *SHAPE) and latent.dtype == torch.float32 and latent.isfinite().all()
+    made = generator(index)
+    assert made.images.shape == (3, *SHAPE) and made.images.dtype == torch.uint8
+    assert made.label.tolist() == [0, 1, 2]
+    assert not made.images[0].equal(made.images[1])
