@@ -129,7 +129,7 @@ class Evaluator:
         Returns:
             Metrics by name, the same on every rank.
         """
-        metrics = self._metrics(total, device)
+        metrics = self._metrics(total, device, generator.num_classes)
         done = 0
         for index, label, images in generator.batches(total, self.batch_size, device, rank, world_size):
             metrics.update(images, label if generator.num_classes else None, index)
@@ -138,11 +138,15 @@ class Evaluator:
                 on_batch(done)
         return metrics.compute()
 
-    def baselines(self) -> dict[str, Value]:
+    def baselines(self, rank: int = 0, world_size: int = 1) -> dict[str, Value]:
         """What the Fréchet distance can be judged by: real images against real ones, and noise against real ones.
 
         The floor is the distance of the other split to the reference: what a model as good as the data would reach with
         as many samples. Noise is uniform in every pixel.
+
+        Arguments:
+            rank: this process.
+            world_size: number of processes; all of them have to call it.
 
         Returns:
             `<fd>_floor` and `<fd>_noise`; empty if the extractor has no features.
@@ -162,10 +166,11 @@ class Evaluator:
         def value(name: str, images: Iterable[Tensor]) -> Value:
             metrics = ImageMetrics(self.extractor, [FrechetDistance(f"{self.extractor.fd_name}_{name}", reference)])
             metrics.to(self.extractor.device)
-            done = 0
-            for batch in images:
-                metrics.update(batch, None, torch.arange(done, done + len(batch)))
-                done += len(batch)
+            first = 0
+            for i, batch in enumerate(images):
+                if i % world_size == rank:
+                    metrics.update(batch, None, torch.arange(first, first + len(batch)))
+                first += len(batch)
             (found,) = metrics.compute().values()
             return found
 
@@ -186,7 +191,7 @@ class Evaluator:
             },
         }
 
-    def _metrics(self, total: int, device: torch.device | str) -> ImageMetrics:
+    def _metrics(self, total: int, device: torch.device | str, num_classes: int) -> ImageMetrics:
         def pixels(name: SplitName) -> Tensor:
             return torch.cat(list(in_batches(self.source.split(name), self.batch_size))).to(device)
 
@@ -195,7 +200,7 @@ class Evaluator:
             self.extractor,
             total,
             reference=self.statistics,
-            num_classes=self.source.num_classes,
+            num_classes=num_classes,
             training=pixels("train") if self.nearest else None,
             heldout=pixels("test") if self.nearest else None,
         )

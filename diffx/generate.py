@@ -119,5 +119,7 @@ class Generator:
         Yields:
             Batches of samples.
         """
-        for index in torch.arange(rank, total, world_size, device=device).split(batch_size):
+        share = torch.arange(total, device=device)[rank::world_size]
+        # splitting nothing gives one empty batch
+        for index in share.split(batch_size) if len(share) else ():
             yield self(index)

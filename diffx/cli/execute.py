@@ -80,7 +80,7 @@ def summarize(
                 row = {f"final/{name}": value.value for name, value in evaluation.values.items()}
                 logger.log_metrics(row, step=run.status().get("step", 0))
             console.print(table(evaluation))
-            console.print(f"evaluation  {file}", highlight=False)
+            console.print(f"evaluation  {file}", highlight=False, soft_wrap=True)
     console.print(
         f"samples     {picture}\nweights     {run.weights}\nmetrics     {run.path / 'metrics.csv'}\n\n"
         "what to type next:\n"
@@ -138,7 +138,7 @@ def evaluate(
         values = arm.evaluator(
             generator, total, device, rank, world_size, lambda done: bar.update(task, completed=done)
         )
-    values |= arm.evaluator.baselines()
+    values |= arm.evaluator.baselines(rank, world_size)
     evaluation = Evaluation(values, protocol, digest, time.perf_counter() - started)
     if rank == 0:
         evaluation.save(file)
@@ -158,7 +158,7 @@ def table(evaluation: Evaluation) -> Table:
     shown.add_column("metric", no_wrap=True)
     for column in ("value", "±1 s.e.", "n"):
         shown.add_column(column, justify="right")
-    shown.add_column("how", overflow="fold")
+    shown.add_column("protocol", overflow="fold")
     for value in evaluation.values.values():
         shown.add_row(value.name, f"{value.value:.4g}", _error(value), str(value.n), value.note or value.method)
     return shown

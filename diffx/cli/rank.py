@@ -1,6 +1,6 @@
 """`python -m diffx.cli.rank RUN_DIR`: one process of a distributed run, from the run's frozen config.
 
-Started by torchrun, by srun, or by `diffx train trainer.devices=N`.
+Started by `diffx train trainer.devices=N`, or on several nodes by torchrun or srun.
 """
 
 import os
@@ -21,7 +21,7 @@ def main() -> None:
         sys.exit(2)
     sys.path.insert(0, os.getcwd())  # noqa: PTH109
     run = Run(sys.argv[1])
-    first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    first = next((os.environ[key] for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), "0") == "0"
     try:
         arm = build(run.config())
         check(arm)
@@ -31,8 +31,7 @@ def main() -> None:
             print(f"diffx: {error}", file=sys.stderr)
         code = 2
     sys.stdout.flush()
-    # torchrun reads any other code as a failure and kills the ranks that are still saving
-    sys.exit(0 if code >= 128 else code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """`diffx train`."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from typing import Any
 
 import yaml
@@ -46,42 +49,69 @@ def train(config: dict[str, Any], overrides: list[str]) -> int:
     console = Console()
     arm = build(config)
     run = locate(config["runs_dir"], config, overrides)
-    finished = run.state == "finished"
-    if not finished:
-        check(arm)
-    run.freeze(config)
-    Record.now(command_line()).append_to(run.path)
-    if finished:
+    if run.state == "finished":
+        run.freeze(config)
         console.print(f"[bold]{run.path}[/] is finished; delete it to train again", highlight=False)
         return summarize(arm, run, console)
-    console.print(f"[bold]{run.path}[/]\n{arm.source.describe()}", highlight=False)
-    trainer = config["trainer"]
-    if trainer["devices"] * trainer["num_nodes"] > 1 and "WORLD_SIZE" not in os.environ:
-        return launch_ranks(run, trainer)
-    return execute(arm, run, console)
+    check(arm)
+    with run.lock():
+        run.freeze(config)
+        Record.now(command_line()).append_to(run.path)
+        console.print(f"[bold]{run.path}[/]\n{arm.source.describe()}", highlight=False, soft_wrap=True)
+        trainer = config["trainer"]
+        if trainer["devices"] * trainer["num_nodes"] > 1 and "WORLD_SIZE" not in os.environ:
+            return launch_ranks(run, trainer)
+        return execute(arm, run, console)
 
 
 def launch_ranks(run: Run, trainer: dict[str, Any]) -> int:
-    """One process per device on this node, all starting from the run's frozen config; returns the exit code."""
+    """One process per device on this node, all starting from the run's frozen config; returns the exit code.
+
+    Signals go on to the ranks, which save together. A rank that fails takes the others with it: they would wait for it
+    for ever.
+
+    Raises:
+        DiffxError: for more than one node.
+    """
     if trainer["num_nodes"] > 1:
         raise DiffxError(
             f"trainer.num_nodes={trainer['num_nodes']} needs a process per device on every node; start each with "
             f"torchrun or srun as: python -m diffx.cli.rank {run.path}"
         )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={trainer['devices']}"]
-    # torchrun's default of one thread per process, said aloud, unless the user has chosen
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    process = subprocess.Popen([*command, "-m", "diffx.cli.rank", str(run.path)], env=environment)
-    while True:
-        try:
-            process.wait()
-            break
-        except KeyboardInterrupt:  # the ranks got it too, and are saving
-            continue
-    status = run.status()
-    if status.get("state") == "interrupted":
-        return 128 + int(status["signal"])
-    return 0 if process.returncode == 0 else 2
+    count = trainer["devices"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # how Lightning knows processes that others have started; one thread each unless the user says otherwise
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "NODE_RANK": "0", "WORLD_SIZE": str(count)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "diffx.cli.rank", str(run.path)]
+    ranks = [subprocess.Popen(command, env={**environment, "LOCAL_RANK": str(k)}) for k in range(count)]
+
+    def forward(number: int, frame: Any) -> None:
+        # a terminal has sent INT to the ranks already
+        for rank in ranks if number != signal.SIGINT else []:
+            rank.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, forward)
+    while any(rank.poll() is None for rank in ranks):
+        time.sleep(0.1)
+        # 128 and more: stopped by a signal, and saving together
+        if any(0 < (rank.poll() or 0) < 128 or (rank.poll() or 0) < 0 for rank in ranks):
+            _end(ranks)
+    codes = [rank.returncode for rank in ranks]
+    return max((code if code >= 0 else 128 - code) for code in codes)
+
+
+def _end(ranks: list[subprocess.Popen[bytes]], grace: float = 10.0) -> None:
+    """Gives the ranks time to end by themselves, then kills them."""
+    deadline = time.monotonic() + grace
+    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
+        time.sleep(0.1)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
 
 
 def _budget(config: DictConfig) -> None:

@@ -1,9 +1,12 @@
 """One run's directory."""
 
+import fcntl
 import json
 import os
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +100,25 @@ class Run:
     def set_status(self, state: str, **details: Any) -> None:
         """Writes the state with its details."""
         write_text(self.path / "status.json", json.dumps({"state": state, **details}, indent=1) + "\n")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps a second process from training in this directory at the same time; a killed process leaves no lock.
+
+        Raises:
+            DiffxError: if another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DiffxError(
+                    f"another process is training in '{self.path}'; wait for it, or stop it and run this again"
+                ) from error
+            except OSError:  # a file system without locks: then it is the user's care
+                pass
+            yield
 
     def newest_checkpoint(self) -> tuple[Path | None, list[Path]]:
         """The newest whole checkpoint, and newer ones that are truncated.

@@ -114,7 +114,7 @@ class Checkpoints(L.Callback):
             return
         if not all(parameter.isfinite().all() for parameter in trainer.lightning_module.parameters()):
             raise DiffxError(
-                f"the weights are no longer finite at step {trainer.global_step}, and are not saved; lower optimizer.lr, "
+                f"the weights are not finite at step {trainer.global_step} and are not saved; lower optimizer.lr, "
                 "set training.gradient_clip_val=1, or use training.precision=32-true, and train anew"
             )
         trainer.save_checkpoint(self.directory / f"step={trainer.global_step:08d}.ckpt")

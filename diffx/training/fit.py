@@ -10,6 +10,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
@@ -76,10 +78,7 @@ def fit(
         DiffxError: if the checkpoint is of another experiment, or cannot be written.
     """
     _quieten()
-    plugins: list[Any] = [AtomicCheckpointIO()]
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # its own handler saves inside the handler, and registers only where nobody else has
-        plugins.append(SLURMEnvironment(auto_requeue=False))
+    plugins: list[Any] = [AtomicCheckpointIO(), *_processes()]
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -159,6 +158,18 @@ def _peek(checkpoint: Path) -> int:
             f"the checkpoint '{checkpoint}' is damaged ({str(error).splitlines()[0]}); delete it to resume from the "
             "one before"
         ) from error
+
+
+def _processes() -> list[ClusterEnvironment]:
+    """Who has started the processes, where Lightning would guess wrong."""
+    if TorchElasticEnvironment.detect():
+        return [TorchElasticEnvironment()]
+    if "LOCAL_RANK" in os.environ:  # diffx itself, perhaps inside a SLURM job
+        return [LightningEnvironment()]
+    if SLURMEnvironment.detect():
+        # its own handler saves inside the handler, and registers only where nobody else has
+        return [SLURMEnvironment(auto_requeue=False)]
+    return []
 
 
 def _quieten() -> None:

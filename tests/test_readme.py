@@ -1,0 +1,115 @@
+"""What the README says is what the program does."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_cli import TINY
+
+from diffx.cli import main as cli
+from diffx.cli.compose import compose_config
+from diffx.cli.paths import groups
+from diffx.cli.train import _budget
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+DIFFX = list(dict.fromkeys(command for command in COMMANDS if command.startswith("diffx ")))
+
+
+def test_the_readme_is_short_and_its_pictures_exist():
+    assert len(README.splitlines()) <= 130
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / picture).is_file()
+
+
+def test_every_make_target_and_file_named_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for command in COMMANDS:
+        if command.startswith("make "):
+            assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.MULTILINE)
+    for path in re.findall(r"`((?:diffx|configs|notebooks|benchmarks|slurm)/[\w./]*)`", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_table_of_parts_names_every_choice():
+    table = README.split("## Parts")[1].split("##")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    for group, choices in groups().items():
+        assert group in named, group
+        for choice in choices:
+            assert choice in named or (choice.startswith("dit_") and "`dit_s_2` … `dit_xl_8`" in table), choice
+
+
+def test_the_measured_numbers_stand_beside_their_command():
+    assert "fd_digits" in README
+    assert "DEMO_TABLE" not in README
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    root = tmp_path_factory.mktemp("readme")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *TINY, f"runs_dir={root}"])
+    assert stop.value.code == 0
+    (config,) = root.glob("digits/*/seed0/config.yaml")
+    return config.parent
+
+
+@pytest.mark.parametrize("command", DIFFX)
+def test_every_command_of_the_readme_runs(command, run_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    argv = [word.replace("RUN", str(run_dir)) if word.startswith("run=") else word for word in shlex.split(command)[1:]]
+    if "data=folder" in argv:
+        for k in range(20):
+            folder = tmp_path / "FOLDER" / f"class{k % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 36), (10 * k, 90, 30)).save(folder / f"{k}.png")
+    if "--config-dir" in argv:
+        (source,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+        (tmp_path / "mypkg.py").write_text(source)
+        (tmp_path / "conf/schedule").mkdir(parents=True)
+        (tmp_path / "conf/schedule/trig.yaml").write_text("_target_: mypkg.Trigonometric\n")
+    if argv[0] == "train" and "--help" not in argv:
+        if "experiment=fashion_mnist" in argv:  # its images are not at hand here: it composes
+            compose_config("train", argv[1:], [], _budget)
+            return
+        own = {word.partition("=")[0] for word in argv}
+        argv += [word for word in TINY if word.partition("=")[0] not in own]
+        argv += [word for word in ("evaluation.num_samples=0",) if word.partition("=")[0] not in own]
+        argv = list({word.partition("=")[0]: word for word in argv}.values()) if "--config-dir" not in argv else argv
+    if argv[0] == "fit-extractor":
+        argv += ["epochs=3", "min_accuracy=0.5"]
+    if argv[0] == "evaluate" and "--help" not in argv:
+        argv += ["evaluation.num_samples=20"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 0
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "notebooks/quickstart.ipynb").read_text(encoding="utf-8"))
+    names: dict = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            source = "".join(cell["source"]).replace("STEPS = 300", "STEPS = 5")
+            exec(compile(source, "quickstart.ipynb", "exec"), names)
+    assert {"fd_digits", "is_digits"} <= set(names["values"])
+
+
+def test_the_slurm_template_is_valid_bash_and_passes_arguments_on():
+    import subprocess
+
+    template = ROOT / "slurm/one_gpu.sbatch"
+    subprocess.run(["bash", "-n", template], check=True)
+    text = template.read_text()
+    assert '"$@"' in text
+    assert "--signal=USR1" in text
+    assert "--requeue" in text
