@@ -17,7 +17,7 @@ def cases(quick: bool) -> list[Case]:
 
 def _case(shape: tuple[int, ...], quick: bool) -> Case:
     index = torch.arange(shape[0])
-    calls = max(1, (200_000 if quick else 2_000_000) // torch.Size(shape).numel())
+    calls = max(2, 400_000 // torch.Size(shape).numel())
     return Case(
         "noise, µs per call",
         str(list(shape)),
@@ -26,5 +26,5 @@ def _case(shape: tuple[int, ...], quick: bool) -> Case:
             # new keys every time, as in training
             "Keys.normal": microseconds(lambda: Keys(0, index).normal("noise", *shape[1:]), calls),
         },
-        repetitions=3 if quick else 7,
+        rounds=3 if quick else 41,
     )

@@ -13,20 +13,31 @@ class Case:
 
     Arguments:
         group: the table.
-        name: the row's case, such as the shape of the tensors.
+        name: the case, such as a solver and the shape of its tensors.
         contenders: by name, what runs once and returns the microseconds per step (or call); the first is the reference.
-        repetitions: how often each runs.
+        rounds: how often each runs.
     """
 
     group: str
     name: str
     contenders: dict[str, Callable[[], float]]
-    repetitions: int
+    rounds: int
 
 
 @dataclass
 class Row:
-    """One contender of one case: median, smallest and largest of its repetitions, all in microseconds."""
+    """One contender of one case, in microseconds.
+
+    Arguments:
+        group: as in `Case`.
+        case: as in `Case`.
+        contender: its name.
+        median: the median of its rounds.
+        smallest: the fastest round.
+        largest: the slowest round.
+        difference: the median, over the rounds, of its time less the reference's time in the same round.
+        ratio: likewise of its time divided by the reference's.
+    """
 
     group: str
     case: str
@@ -39,29 +50,34 @@ class Row:
 
 
 def measure(case: Case) -> list[Row]:
-    """Runs all contenders in turn, and once more before that to warm up."""
+    """Runs all contenders in turn, round by round, every other round backwards."""
     times: dict[str, list[float]] = {name: [] for name in case.contenders}
-    for repetition in range(-1, case.repetitions):
-        for name, run in case.contenders.items():
+    for n in range(case.rounds):
+        for name in list(times)[:: 1 if n % 2 == 0 else -1]:
             gc.collect()
-            value = run()
-            if repetition >= 0:
-                times[name].append(value)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    reference = medians[next(iter(medians))]
-    return [
-        Row(
-            case.group, case.name, name, median, min(times[name]), max(times[name]),
-            difference=median - reference, ratio=median / reference,
-        )
-        for name, median in medians.items()
-    ]  # fmt: skip
+            times[name].append(case.contenders[name]())
+    reference = next(iter(times.values()))
+    return [_row(case, name, values, reference) for name, values in times.items()]
+
+
+def _row(case: Case, name: str, values: list[float], reference: list[float]) -> Row:
+    pairs = list(zip(values, reference, strict=True))
+    return Row(
+        case.group,
+        case.name,
+        name,
+        statistics.median(values),
+        min(values),
+        max(values),
+        statistics.median(value - other for value, other in pairs),
+        statistics.median(value / other for value, other in pairs),
+    )
 
 
 def microseconds(
     function: Callable[[], object], calls: int, per_call: int = 1, setup: Callable[[], object] = lambda: None
 ) -> Callable[[], float]:
-    """Times many calls of a function.
+    """Times many calls of a function, after one to warm up.
 
     Arguments:
         function: what is timed.
@@ -73,13 +89,14 @@ def microseconds(
         What runs the measurement and returns the microseconds per step.
     """
 
+    def once() -> float:
+        setup()
+        started = time.perf_counter()
+        function()
+        return time.perf_counter() - started
+
     def run() -> float:
-        total = 0.0
-        for _ in range(calls):
-            setup()
-            started = time.perf_counter()
-            function()
-            total += time.perf_counter() - started
-        return total / (calls * per_call) * 1e6
+        once()
+        return sum(once() for _ in range(calls)) / (calls * per_call) * 1e6
 
     return run

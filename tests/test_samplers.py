@@ -17,6 +17,7 @@ from scipy.integrate import solve_ivp
 from diffx.denoisers import Denoiser, GaussianMixture
 from diffx.discretizations import Uniform
 from diffx.samplers import DDIM, DDPM, DPMSolverPP2M
+from diffx.samplers.base import sqrt
 from diffx.schedules import Cosine, Flow
 from diffx.utils import Keys
 
@@ -349,6 +350,11 @@ def test_samples_of_any_shape(sampler):
         noise=lambda step, draw=0: noise(step, draw).reshape(-1, 1),
     )
     torch.testing.assert_close(out, flat.reshape(out.shape), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [-1e-17, torch.tensor([-1e-17])])
+def test_a_variance_rounded_below_zero_is_zero(value):
+    assert sqrt(value) == 0
 
 
 # ---- identities between samplers ----

@@ -107,4 +107,8 @@ class DiffusionModule(L.LightningModule):
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Seeds the network's drop-out from the step, so that a resumed run drops what the first would have dropped."""
         micro = batch_idx % self.trainer.accumulate_grad_batches
-        torch.manual_seed(hash((self.seed, self.trainer.global_step, micro, self.trainer.global_rank)))
+        seed = hash((self.seed, self.trainer.global_step, micro, self.trainer.global_rank))
+        # torch.manual_seed would format the call stack for each kind of device that this machine does not have
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
