@@ -1,6 +1,7 @@
 """The samplers as one would write them for one schedule only: a loop over numbers that are computed beforehand."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ Loop = Callable[[Model, Tensor], Tensor]
 
 def ddim(levels: list[NoiseLevel]) -> Loop:
     numbers = []
-    for t, s in zip(levels, levels[1:], strict=False):
+    for t, s in pairwise(levels):
         ratio = s.sigma / t.sigma
         numbers.append((t.t, ratio, s.alpha - ratio * t.alpha))
 
@@ -27,7 +28,7 @@ def ddim(levels: list[NoiseLevel]) -> Loop:
 
 def euler(levels: list[NoiseLevel]) -> Loop:
     numbers = []
-    for t, s in zip(levels, levels[1:], strict=False):
+    for t, s in pairwise(levels):
         h, of_x = s.time - t.time, t.d_sigma / t.sigma
         step = (1 + h * of_x, h * (t.d_alpha - t.alpha * of_x)) if s.sigma > 0 else (0.0, 1.0)
         numbers.append((t.t, *step))
@@ -42,7 +43,7 @@ def euler(levels: list[NoiseLevel]) -> Loop:
 
 def heun(levels: list[NoiseLevel]) -> Loop:
     numbers = []
-    for t, s in zip(levels[:-1], levels[1:-1], strict=False):
+    for t, s in pairwise(levels[:-1]):
         h = s.time - t.time
         (a, b), (a_s, b_s) = ((k.d_sigma / k.sigma, k.d_alpha - k.alpha * k.d_sigma / k.sigma) for k in (t, s))
         numbers.append((t.t, s.t, 1 + h * a, h * b, 1 + h / 2 * a, h / 2 * b, h / 2 * a_s, h / 2 * b_s))
@@ -60,10 +61,9 @@ def heun(levels: list[NoiseLevel]) -> Loop:
 def dpmpp_2m(levels: list[NoiseLevel]) -> Loop:
     numbers = []
     before = None
-    for t, s in zip(levels, levels[1:], strict=False):
+    for t, s in pairwise(levels):
         gain = s.alpha - s.sigma * t.alpha / t.sigma
-        first = before is None or s.sigma == 0
-        r = 0.0 if first else (s.logsnr - t.logsnr) / (t.logsnr - before.logsnr) / 2
+        r = (s.logsnr - t.logsnr) / (t.logsnr - before.logsnr) / 2 if before and s.sigma > 0 else 0.0
         numbers.append((t.t, s.sigma / t.sigma, gain * (1 + r), -gain * r))
         before = t
 
@@ -80,7 +80,7 @@ def dpmpp_2m(levels: list[NoiseLevel]) -> Loop:
 
 def ddpm(levels: list[NoiseLevel]) -> Loop:
     numbers = []
-    for t, s in zip(levels, levels[1:], strict=False):
+    for t, s in pairwise(levels):
         beta = t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
         ratio = s.sigma / t.sigma
         numbers.append((t.t, t.alpha / s.alpha * ratio**2, s.alpha * beta / t.sigma**2, beta**0.5 * ratio))

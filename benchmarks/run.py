@@ -1,6 +1,7 @@
 """Speed: `python benchmarks/run.py` prints tables of times per step and writes them as JSON. See README.md."""
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import keyed_noise
 import sampler_step
 import torch
 import training_step
-from measure import Row, measure
+from measure import CLOCKS, Row, measure
 from rich.console import Console
 from rich.table import Table
 
@@ -27,23 +28,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer steps and rounds: whether it runs, not how fast")
     parser.add_argument("--only", choices=PARTS, help="one part")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="threads of torch; 1 by default, which is noisy the least"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: this process's time, on a busy machine")
     parser.add_argument("--output", type=Path, default=HERE / "results.json", help="the JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    gc.freeze()  # what is imported need not be searched for garbage before each measurement
     console = Console()
     parts = [PARTS[arguments.only]] if arguments.only else list(PARTS.values())
     rows: list[Row] = []
-    with console.status("") as status:
-        for cases in parts:
-            for case in cases(arguments.quick):
-                status.update(f"{case.group}: {case.name}")
-                rows += measure(case)
+    for cases in parts:
+        for case in cases(arguments.quick, CLOCKS[arguments.clock]):
+            # no spinner: it would take its share of the time
+            console.print(f"{case.group.split(',')[0]}: {case.name}", style="dim", highlight=False)
+            rows += measure(case)
+    gc.unfreeze()
     for group, members in groupby(rows, lambda row: row.group):
         console.print(table(group, list(members)))
-    report = {"quick": arguments.quick, **surroundings(), "rows": [asdict(row) for row in rows]}
+    report = {
+        "quick": arguments.quick,
+        "clock": arguments.clock,
+        **surroundings(),
+        "rows": [asdict(row) for row in rows],
+    }
     arguments.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"written to {arguments.output}", highlight=False, soft_wrap=True)
 
@@ -51,15 +58,15 @@ def main() -> None:
 def table(group: str, rows: list[Row]) -> Table:
     """One group, a section per case."""
     shown = Table(title=group, title_justify="left")
-    for column in ("case", "contender"):
-        shown.add_column(column, no_wrap=True)
+    shown.add_column("", no_wrap=True)
     for column in ("median", "fastest", "slowest", "difference", "ratio"):
         shown.add_column(column, justify="right", no_wrap=True)
     for case, members in groupby(rows, lambda row: row.case):
+        shown.add_row(case, style="bold")
         for n, row in enumerate(members):
             numbers = [f"{value:,.1f}" for value in (row.median, row.smallest, row.largest)]
             against = [f"{row.difference:+,.1f}", f"{row.ratio:.2f}"] if n else ["", ""]
-            shown.add_row("" if n else case, row.contender, *numbers, *against)
+            shown.add_row(f"  {row.contender}", *numbers, *against)
         shown.add_section()
     return shown
 

@@ -13,7 +13,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
-from measure import Case, microseconds
+from measure import Case, Clock, microseconds
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
@@ -48,12 +48,12 @@ class Fixed(Denoiser):
         return self.x_hat
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, clock: Clock) -> list[Case]:
     """One case per shape `[B, C, H, W]` and solver."""
-    return [_case(name, shape, quick) for shape in SHAPES for name in SOLVERS]
+    return [_case(name, shape, quick, clock) for shape in SHAPES for name in SOLVERS]
 
 
-def _case(name: str, shape: tuple[int, ...], quick: bool) -> Case:
+def _case(name: str, shape: tuple[int, ...], quick: bool, clock: Clock) -> Case:
     sampler, bare, scheduler = SOLVERS[name]
     x, x_hat = torch.randn(2, *shape)
     denoiser = Fixed(x_hat)
@@ -89,9 +89,9 @@ def _case(name: str, shape: tuple[int, ...], quick: bool) -> Case:
         "sampler, µs per step",
         f"{name} {list(shape)}",
         {
-            "bare loop": microseconds(through_bare, calls, STEPS),
-            "diffx": microseconds(through_diffx, calls, STEPS),
-            "diffusers": microseconds(through_diffusers, calls, STEPS, reset),
+            "bare loop": microseconds(clock, through_bare, calls, STEPS),
+            "diffx": microseconds(clock, through_diffx, calls, STEPS),
+            "diffusers": microseconds(clock, through_diffusers, calls, STEPS, reset),
         },
         rounds=3 if quick else 31,
     )

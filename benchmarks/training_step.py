@@ -1,9 +1,9 @@
-"""A training step: diffx as `diffx train` runs it, Lightning alone, and a bare PyTorch loop, with the same mathematics."""
+"""A training step: diffx as `diffx train` runs it, Lightning alone, and a bare PyTorch loop, with the same loss."""
 
 import copy
 import itertools
+import logging
 import tempfile
-import time
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -12,17 +12,17 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from measure import Case
+from measure import Case, Clock
 from rich.console import Console
 from torch import Tensor, nn
 
+from diffx import parameterizations
 from diffx.autoencoders import Pixels
 from diffx.backbones import UNet
 from diffx.conditioning import LabelConditioner
 from diffx.data import Batch, DataSource, Digits
 from diffx.denoisers import Preconditioned
 from diffx.objectives import Denoising
-from diffx.parameterizations import EDM as EDMPreconditioning
 from diffx.schedules import EDM
 from diffx.time_samplers import LogNormal
 from diffx.training import DiffusionModule
@@ -63,15 +63,15 @@ def unet_digits() -> UNet:
     )  # fmt: skip
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, clock: Clock) -> list[Case]:
     """The null network shows the overhead itself, the other what it amounts to."""
     return [
-        _case("null network", Null(), steps=50 if quick else 300, rounds=2 if quick else 9),
-        _case("unet_digits", unet_digits(), steps=5 if quick else 60, rounds=2 if quick else 5),
+        _case("null network", Null(), steps=50 if quick else 300, rounds=2 if quick else 9, clock=clock),
+        _case("unet_digits", unet_digits(), steps=5 if quick else 60, rounds=2 if quick else 5, clock=clock),
     ]
 
 
-def _case(name: str, network: nn.Module, steps: int, rounds: int) -> Case:
+def _case(name: str, network: nn.Module, steps: int, rounds: int, clock: Clock) -> Case:
     source = Digits(
         name="digits", channels=1, image_size=8, num_classes=CLASSES, batch_size=BATCH, flip=False, num_workers=0
     )
@@ -80,26 +80,27 @@ def _case(name: str, network: nn.Module, steps: int, rounds: int) -> Case:
         "training, µs per step",
         name,
         {
-            "bare loop": lambda: run_bare(copy.deepcopy(network), source, steps),
-            "Lightning alone": lambda: run_lightning(copy.deepcopy(network), source, steps),
-            "diffx": lambda: run_diffx(copy.deepcopy(network), source, steps),
+            "bare loop": lambda: run_bare(copy.deepcopy(network), source, steps, clock),
+            "Lightning alone": lambda: run_lightning(copy.deepcopy(network), source, steps, clock),
+            "diffx": lambda: run_diffx(copy.deepcopy(network), source, steps, clock),
         },
         rounds,
     )
 
 
-class Clock:
+class Timed:
     """Hands batches on, and notes when the first after the warm-up and the last are asked for."""
 
-    def __init__(self, batches: Iterable[Batch], steps: int) -> None:
+    def __init__(self, batches: Iterable[Batch], steps: int, clock: Clock) -> None:
         self.batches = batches
         self.steps = steps
+        self.clock = clock
         self.stamps: list[float] = []
 
     def __iter__(self) -> Iterator[Batch]:
         for n, batch in enumerate(self.batches):
             if n in (WARM_UP, WARM_UP + self.steps):
-                self.stamps.append(time.perf_counter())
+                self.stamps.append(self.clock())
             yield batch
 
     @property
@@ -147,19 +148,19 @@ def update(average: nn.Module, network: nn.Module, n: int) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
 
 
-def run_bare(network: nn.Module, source: DataSource, steps: int) -> float:
+def run_bare(network: nn.Module, source: DataSource, steps: int, clock: Clock) -> float:
     """The loop that one would write by hand."""
     average = copy.deepcopy(network).requires_grad_(False)
     parameters = list(network.parameters())
     step = optimizer(parameters)
-    clock = Clock(in_memory(source), steps)
-    for n, batch in enumerate(itertools.islice(clock, clock.total), start=1):
+    batches = Timed(in_memory(source), steps, clock)
+    for n, batch in enumerate(itertools.islice(batches, batches.total), start=1):
         bare_step_loss(network, batch).backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
         step.step()
         step.zero_grad()
         update(average, network, n)
-    return clock.microseconds
+    return batches.microseconds
 
 
 class Plain(L.LightningModule):
@@ -176,50 +177,50 @@ class Plain(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return optimizer(self.network.parameters())
 
-    def on_train_batch_end(self, *_: object) -> None:
+    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         update(self.average, self.network, self.trainer.global_step)
 
 
-def run_lightning(network: nn.Module, source: DataSource, steps: int) -> float:
+def run_lightning(network: nn.Module, source: DataSource, steps: int, clock: Clock) -> float:
     """Lightning without callbacks or loggers."""
-    clock = Clock(in_memory(source), steps)
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_steps=clock.total, max_epochs=-1, gradient_clip_val=CLIP, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    batches = Timed(in_memory(source), steps, clock)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(Plain(network), clock)
-    return clock.microseconds
+        trainer = L.Trainer(
+            accelerator="cpu", devices=1, max_steps=batches.total, max_epochs=-1, gradient_clip_val=CLIP, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(Plain(network), batches)
+    return batches.microseconds
 
 
-class ClockedData(L.LightningDataModule):
+class TimedData(L.LightningDataModule):
     """The stream of `diffx train`, with a clock."""
 
-    def __init__(self, stream: StreamData, steps: int) -> None:
+    def __init__(self, stream: StreamData, steps: int, clock: Clock) -> None:
         super().__init__()
         self.stream = stream
-        self.steps = steps
-        self.clock = Clock([], steps)
+        self.batches = Timed([], steps, clock)
 
-    def train_dataloader(self) -> Clock:
+    def train_dataloader(self) -> Timed:
         self.stream.trainer = self.trainer
-        self.clock = Clock(self.stream.train_dataloader(), self.steps)
-        return self.clock
+        self.batches.batches = self.stream.train_dataloader()
+        return self.batches
 
 
 def diffx_module(network: nn.Module) -> DiffusionModule:
     """What `diffx train experiment=digits` trains."""
-    denoiser = Preconditioned(network, EDM(), EDMPreconditioning(SIGMA_DATA))
+    denoiser = Preconditioned(network, EDM(), parameterizations.EDM(SIGMA_DATA))
     return DiffusionModule(
         denoiser, Denoising(LogNormal(P_MEAN, P_STD), Unit()), Pixels(), LabelConditioner(CLASSES, P_DROP),
         EMA(denoiser, DECAY), optimizer, Constant(), seed=0, batch_size=BATCH,
     )  # fmt: skip
 
 
-def run_diffx(network: nn.Module, source: DataSource, steps: int) -> float:
+def run_diffx(network: nn.Module, source: DataSource, steps: int, clock: Clock) -> float:
     """The whole path: keyed noise, data stream, EMA, loss by noise level, CSV log, progress bar, signals."""
-    data = ClockedData(StreamData(source, seed=0, accumulate=1), steps)
+    data = TimedData(StreamData(source, seed=0, accumulate=1), steps, clock)
     log = TrainingLog(every_n_steps=50)
     with tempfile.TemporaryDirectory() as folder, Path(devnull).open("w") as nowhere:
         fit(
@@ -229,7 +230,7 @@ def run_diffx(network: nn.Module, source: DataSource, steps: int) -> float:
             callbacks=[log, ProgressBar(log, Console(force_terminal=True, file=nowhere))],
             loggers=[CSVLogger(Path(folder) / "metrics.csv")],
             resume=None,
-            max_steps=data.clock.total,
+            max_steps=data.batches.total,
             precision="32-true",
             gradient_clip_val=CLIP,
             accelerator="cpu",
@@ -238,7 +239,7 @@ def run_diffx(network: nn.Module, source: DataSource, steps: int) -> float:
             strategy="auto",
             accumulate_grad_batches=1,
         )
-    return data.clock.microseconds
+    return data.batches.microseconds
 
 
 @torch.no_grad()

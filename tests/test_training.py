@@ -517,6 +517,18 @@ def test_bf16_keeps_float32_weights(tmp_path):
     assert all(math.isfinite(float(row["loss"])) for row in metrics_of(run))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_what_follows_training_stays_there(tmp_path):
+    overrides = ["trainer=gpu", "trainer.compile=false"]
+    code, _, run = trained(tmp_path, *overrides, action=signal_at(signal.SIGTERM, 6))
+    assert code == 128 + signal.SIGTERM
+    code, arm, run = trained(tmp_path, *overrides)
+    # Lightning moves the module to the CPU at the end, where the final evaluation would take hours
+    assert code == 0 and arm.module.device.type == "cuda"
+    assert {p.device.type for p in arm.module.parameters()} == {"cuda"}
+    assert (run.samples / "final.png").is_file()
+
+
 def _tensors(nested):
     if isinstance(nested, torch.Tensor):
         return [nested]
