@@ -356,3 +356,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
         io.save_checkpoint({"a": torch.zeros(3)}, file)
     assert list(tmp_path.iterdir()) == [file]
     assert io.load_checkpoint(file)["a"].tolist() == [1, 1, 1]
+
+
+def test_a_whole_number_is_the_same_value_as_a_float():
+    assert fingerprint({"lr": 1, "betas": [1, 0.5]}) == fingerprint({"lr": 1.0, "betas": [1.0, 0.5]})
+    assert fingerprint({"lr": 1}) != fingerprint({"lr": 2})

@@ -93,13 +93,15 @@ def launch_ranks(run: Run, trainer: dict[str, Any]) -> int:
         for rank in ranks if number != signal.SIGINT else []:
             rank.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, forward)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    previous = [signal.signal(number, forward) for number in numbers]
     while any(rank.poll() is None for rank in ranks):
         time.sleep(0.1)
         # 128 and more: stopped by a signal, and saving together
         if any(0 < (rank.poll() or 0) < 128 or (rank.poll() or 0) < 0 for rank in ranks):
             _end(ranks)
+    for number, handler in zip(numbers, previous, strict=True):
+        signal.signal(number, handler)
     codes = [rank.returncode for rank in ranks]
     return max((code if code >= 0 else 128 - code) for code in codes)
 

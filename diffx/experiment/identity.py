@@ -39,5 +39,13 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(value: Any, length: int = 10) -> str:
-    """A hash of a JSON-like value, `length` hexadecimal digits, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
+    """A hash of a JSON-like value, `length` hexadecimal digits, blind to the order of keys; 1 and 1.0 are equal."""
+    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True, default=str).encode()).hexdigest()[:length]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -73,6 +73,9 @@ class Checkpoints(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes over the signals, after Lightning has installed its own handlers."""
         self._saved_at = trainer.global_step
+        if trainer.is_global_zero:
+            for file in self.directory.glob(".step=*.tmp.ckpt"):  # left by a process killed while it saved
+                file.unlink(missing_ok=True)
         for number in SIGNALS:
             previous = signal.signal(number, self._on_signal)
             self._restore.append(lambda number=number, previous=previous: signal.signal(number, previous))
