@@ -26,5 +26,5 @@ def _case(shape: tuple[int, ...], quick: bool, clock: Clock) -> Case:
             # new keys every time, as in training
             "Keys.normal": microseconds(clock, lambda: Keys(0, index).normal("noise", *shape[1:]), calls),
         },
-        rounds=3 if quick else 41,
+        rounds=3 if quick else 21,
     )

@@ -59,7 +59,7 @@ def table(group: str, rows: list[Row]) -> Table:
     """One group, a section per case."""
     shown = Table(title=group, title_justify="left")
     shown.add_column("", no_wrap=True)
-    for column in ("median", "fastest", "slowest", "difference", "ratio"):
+    for column in ("median", "fastest", "slowest", "diff.", "ratio"):
         shown.add_column(column, justify="right", no_wrap=True)
     for case, members in groupby(rows, lambda row: row.case):
         shown.add_row(case, style="bold")

@@ -31,7 +31,7 @@ SOLVERS: dict[str, tuple[Sampler, Callable[[list[NoiseLevel]], Loop], Any]] = {
     "DDIM": (DDIM(), bare_samplers.ddim, DDIMScheduler(**UNCLIPPED)),
     "Euler": (Euler(), bare_samplers.euler, EulerDiscreteScheduler(**COMMON)),
     "Heun": (Heun(), bare_samplers.heun, HeunDiscreteScheduler(**COMMON)),
-    "DPM-Solver++(2M)": (DPMSolverPP2M(), bare_samplers.dpmpp_2m, DPMSolverMultistepScheduler(**COMMON)),
+    "DPM++(2M)": (DPMSolverPP2M(), bare_samplers.dpmpp_2m, DPMSolverMultistepScheduler(**COMMON)),
     "DDPM": (DDPM(), bare_samplers.ddpm, DDPMScheduler(**UNCLIPPED)),
 }
 
@@ -93,5 +93,5 @@ def _case(name: str, shape: tuple[int, ...], quick: bool, clock: Clock) -> Case:
             "diffx": microseconds(clock, through_diffx, calls, STEPS),
             "diffusers": microseconds(clock, through_diffusers, calls, STEPS, reset),
         },
-        rounds=3 if quick else 31,
+        rounds=3 if quick else 21,
     )

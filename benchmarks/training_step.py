@@ -66,8 +66,8 @@ def unet_digits() -> UNet:
 def cases(quick: bool, clock: Clock) -> list[Case]:
     """The null network shows the overhead itself, the other what it amounts to."""
     return [
-        _case("null network", Null(), steps=50 if quick else 300, rounds=2 if quick else 9, clock=clock),
-        _case("unet_digits", unet_digits(), steps=5 if quick else 60, rounds=2 if quick else 5, clock=clock),
+        _case("null network", Null(), steps=50 if quick else 200, rounds=2 if quick else 9, clock=clock),
+        _case("unet_digits", unet_digits(), steps=5 if quick else 30, rounds=2 if quick else 5, clock=clock),
     ]
 
 

@@ -47,6 +47,8 @@ def run(argv: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(command_help(name))
         return 0
+    # OpenMP threads that spin while they wait lose most of the speed where another process has one of the cores
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # the user's own package is found beside where diffx is called, as with python -m
     sys.path.insert(0, os.getcwd())  # noqa: PTH109
     module = importlib.import_module(f"diffx.cli.{name.replace('-', '_')}")

@@ -31,7 +31,7 @@ class ProgressBar(L.Callback):
     """
 
     def __init__(
-        self, training_log: TrainingLog, console: Console, refresh_seconds: float = 0.25, line_seconds: float = 30.0
+        self, training_log: TrainingLog, console: Console, refresh_seconds: float = 0.5, line_seconds: float = 30.0
     ) -> None:
         self.training_log = training_log
         self.console = console

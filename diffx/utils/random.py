@@ -29,10 +29,10 @@ def mix64(z: Tensor) -> Tensor:
     Returns:
         int64 of the same shape, read as unsigned.
     """
-    # >> keeps the sign: the mask makes it the unsigned shift
-    z = ((z >> 30) & 0x3FFFFFFFF).bitwise_xor_(z).mul_(_MIX_1)
-    z = ((z >> 27) & 0x1FFFFFFFFF).bitwise_xor_(z).mul_(_MIX_2)
-    return ((z >> 31) & 0x1FFFFFFFF).bitwise_xor_(z)
+    # >> keeps the sign: the mask makes it the unsigned shift. In place where it can be: allocations count
+    z = (z >> 30).bitwise_and_(0x3FFFFFFFF).bitwise_xor_(z).mul_(_MIX_1)
+    z = (z >> 27).bitwise_and_(0x1FFFFFFFFF).bitwise_xor_(z).mul_(_MIX_2)
+    return (z >> 31).bitwise_and_(0x1FFFFFFFF).bitwise_xor_(z)
 
 
 class Keys:
@@ -78,7 +78,7 @@ class Keys:
         bits = self.bits(stream, half)
         # from here on in place: a batch of images is large enough for its allocations to count
         radius = _unit(bits >> 32, 32, torch.float64).log_().mul_(-2).sqrt_()
-        angle = (bits & 0xFFFFFFFF).to(torch.float64).mul_(2 * math.pi / 2**32)
+        angle = bits.bitwise_and_(0xFFFFFFFF).to(torch.float64).mul_(2 * math.pi / 2**32)
         both = torch.empty(len(self), 2 * half, dtype=dtype, device=bits.device)
         both[:, :half] = angle.cos().mul_(radius)
         both[:, half:] = angle.sin_().mul_(radius)
