@@ -15,8 +15,8 @@ class Heun(Sampler):
     r"""The trapezoidal rule with Euler's step as predictor, in the schedule's own time.
 
     Karras et al., *Elucidating the Design Space of Diffusion-Based Generative Models* (arXiv 2206.00364), Alg. 1. Two
-    denoiser calls per step, one in a step to the clean end, which is x̂ itself. The paper's choice of time is that of the
-    `EDM` schedule; models trained on another one are sampled there too, at equal logSNR.
+    denoiser calls per step, one in a step to the clean end, which is x̂ itself. The paper's choice of time is the
+    `EDM` schedule's; models trained on another one are sampled there too, at equal logSNR.
     """
 
     order = 2
