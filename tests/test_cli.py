@@ -100,9 +100,9 @@ MISTAKES = {
     "group": (["train", "shedule=cosine"], "did you mean 'schedule'"),
     "choice": (["train", "schedule=cosin"], "did you mean 'cosine'"),
     "choice names all": (["train", "sampler=foo"], "choose ddim"),
-    "key": (["train", "schedule.sigma_mx=3"], "did you mean 'schedule.sigma_max'"),
-    "unknown argument": (["train", "+schedule.sigma_mx=3"], "did you mean 'sigma_max'"),
-    "number": (["train", "schedule.sigma_max=abc"], "schedule.sigma_max must be a number"),
+    "key": (["train", "schedule=edm", "schedule.sigma_mx=3"], "did you mean 'schedule.sigma_max'"),
+    "unknown argument": (["train", "schedule=edm", "+schedule.sigma_mx=3"], "did you mean 'sigma_max'"),
+    "number": (["train", "schedule=edm", "schedule.sigma_max=abc"], "schedule.sigma_max must be a number"),
     "whole number": (["train", "seed=1.5"], "seed must be a whole number"),
     "boolean": (["train", "ema.warmup=3"], "ema.warmup must be true or false"),
     "literal": (["train", "evaluation.reference=val"], "train or test"),
@@ -201,7 +201,7 @@ def test_train_leaves_a_self_describing_run(trained):
     )
     assert content["values"]["fd_digits"]["stderr"] > 0
     protocol = content["protocol"]
-    assert protocol["nfe"] == 3
+    assert protocol["nfe"] == 2
     assert len(protocol["weights_hash"]) == 64
     assert protocol["reference"]["images"] == 360
     for word in ("fd_digits", "±1 s.e.", "what to type next", str(path)):
@@ -237,9 +237,9 @@ def test_sample_takes_other_samplers_and_writes_every_form(capsys, trained, tmp_
         assert file["arr_0"].shape == (6, 8, 8, 1)
         assert file["arr_0"].dtype == np.uint8
         assert file["label"].tolist() == [3, 7, 3, 7, 3, 7]
-    code, out, err = run(capsys, "sample", f"run={path}", "n=3", f"out={tmp_path}/folder", "seed=4", "schedule=cosine")
+    code, out, err = run(capsys, "sample", f"run={path}", "n=3", f"out={tmp_path}/folder", "seed=4", "schedule=edm")
     assert code == 0, err
-    assert "trained on schedule EDM, sampled on Cosine at equal logSNR" in out
+    assert "trained on schedule Cosine, sampled on EDM at equal logSNR" in out
     assert files_below(tmp_path / "folder") == ["0-class0.png", "1-class1.png", "2-class2.png"]
     code, _, err = run(capsys, "sample", f"run={path}", "n=3", f"out={tmp_path}/folder")
     assert code == 2

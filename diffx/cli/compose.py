@@ -128,18 +128,17 @@ def explain(error: Exception, overrides: list[str], name: str, config_dirs: list
         if found and (override := next((o for o in overrides if o.startswith(found.group(1) + "=")), None)):
             return f"cannot find the config for '{override}'; give the folder of your YAML files by --config-dir"
     missing = re.search(r"Could not override '([^']+)'", text)
-    if missing and "No match in the defaults list" in text:
-        return _unknown_key(missing.group(1), name, known, config_dirs)
     if missing:
-        return _unknown_key(missing.group(1), name, known, config_dirs)
+        return _unknown_key(missing.group(1), name, known, overrides)
     return " ".join(text.split())
 
 
-def _unknown_key(key: str, name: str, known: dict[str, list[str]], config_dirs: list[str]) -> str:
+def _unknown_key(key: str, name: str, known: dict[str, list[str]], overrides: list[str]) -> str:
     keys = [*known]
+    chosen = [override for override in overrides if override.partition("=")[0] in known]
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            keys += _keys(OmegaConf.to_container(compose(name), resolve=False))
+            keys += _keys(OmegaConf.to_container(compose(name, chosen), resolve=False))
     except HydraException:
         pass
     head, _, _ = key.rpartition(".")

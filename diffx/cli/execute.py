@@ -84,9 +84,9 @@ def summarize(
     console.print(
         f"samples     {picture}\nweights     {run.weights}\nmetrics     {run.path / 'metrics.csv'}\n\n"
         "what to type next:\n"
-        f"  diffx sample run={run.path} sampler=dpmpp_2m sampler.steps=10\n"
-        f"  diffx evaluate -m run={run.path} sampler=ddim,heun sampler.steps=5,10,20\n"
-        "  diffx train -m schedule=edm,cosine parameterization=edm,v seed=0,1",
+        f"  diffx sample run={run.path} sampler=ddim sampler.steps=50\n"
+        f"  diffx evaluate -m run={run.path} sampler=ddim,dpmpp_2m sampler.steps=5,10,20\n"
+        "  diffx train -m schedule=linear,cosine parameterization=eps,v seed=0,1",
         highlight=False,
         soft_wrap=True,
     )

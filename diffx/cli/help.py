@@ -66,7 +66,7 @@ usage: diffx evaluate run=DIR [KEY=VALUE …] [GROUP=CHOICE …]    (-m sweeps)
 
 examples:
   diffx evaluate run=DIR
-  diffx evaluate -m run=DIR sampler=ddim,heun sampler.steps=5,10,20
+  diffx evaluate -m run=DIR sampler=ddim,dpmpp_2m sampler.steps=5,10,20
   diffx evaluate run=DIR extractor=inception extractor.weights=weights-inception-2015-12-05-6726825d.pth
 """
 
