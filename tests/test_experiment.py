@@ -60,8 +60,8 @@ INFERENCE = [
     "evaluation.every_n_steps=5",
 ]
 IDENTITY = [
-    "schedule=cosine",
-    "parameterization=v",
+    "schedule=linear",
+    "parameterization=eps",
     "weighting=snr",
     "time_sampler=uniform",
     "backbone=unet_tiny",
@@ -138,14 +138,14 @@ def test_the_path_says_what_was_overridden(tmp_path):
 
 
 def test_an_existing_run_is_found_however_it_is_typed(tmp_path):
-    first = ["schedule=cosine", "parameterization=v"]
+    first = ["schedule=linear", "parameterization=eps"]
     run = locate(tmp_path, config_of(*first), first)
     run.freeze(config_of(*first))
-    for words in (first[::-1], [*first, "schedule.s=0.008"], [*first, "trainer=cpu", "sampler=ddpm"]):
+    for words in (first[::-1], [*first, "schedule.beta_max=20"], [*first, "trainer=cpu", "sampler=ddpm"]):
         assert locate(tmp_path, config_of(*words), words).path == run.path
     other = [*first, "seed=1"]
     assert locate(tmp_path, config_of(*other), other).path == run.path.parent / "seed1"
-    for words in (first[:1], [*first, "schedule.s=0.01"]):
+    for words in (first[:1], [*first, "schedule.beta_max=10"]):
         assert locate(tmp_path, config_of(*words), words).path.parent != run.path.parent
 
 

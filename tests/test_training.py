@@ -3,6 +3,7 @@
 import copy
 import csv
 import io
+import json
 import math
 import os
 import random
@@ -17,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 from conftest import build as part
 from conftest import choices
 from rich.console import Console
@@ -776,7 +776,7 @@ def test_wandb_without_a_key_writes_offline(tmp_path):
         records = [r for folder in folders for file in folder.glob("*.wandb") for r in wandb_records(file)]
         started = [r.run for r in records if r.HasField("run")]
         assert {r.run_id for r in started} == {f"{digest}-seed{seed}"} and {r.run_group for r in started} == {digest}
-        config = {item.key: yaml.safe_load(item.value_json) for r in started for item in r.config.update}
+        config = {item.key: json.loads(item.value_json) for r in started for item in r.config.update}
         assert config["schedule"] == run.config()["schedule"] and config["seed"] == seed
         logged = defaultdict(dict)
         for record in records:
