@@ -1,5 +1,6 @@
 """Every part goes with every other: whatever can be named on the command line trains and samples, or is refused."""
 
+import dataclasses
 import itertools
 from functools import lru_cache
 
@@ -8,6 +9,9 @@ import torch
 from conftest import build, choices, keyed_noise
 
 from diffx.autoencoders import Pixels
+from diffx.cli.build import build as assemble
+from diffx.cli.compose import compose_config
+from diffx.cli.train import _budget
 from diffx.conditioning import LabelConditioner
 from diffx.denoisers import Preconditioned
 from diffx.generate import Generator
@@ -125,3 +129,26 @@ def test_images_from_every_way_of_sampling(sampler, discretization, guidance, th
     assert made.images.shape == (3, *SHAPE) and made.images.dtype == torch.uint8
     assert made.label.tolist() == [0, 1, 2]
     assert not made.images[0].equal(made.images[1])
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_every_experiment_survives_two_steps_and_a_sample(experiment):
+    # stand-in images of the right shape: the data sets themselves cannot be had here
+    config = compose_config("train", [f"experiment={experiment}", "extractor=none", "trainer=cpu"], [], _budget)
+    arm = assemble(config)
+    optimizer = arm.module.configure_optimizers()["optimizer"]
+    source = arm.source
+    shape = (2, source.channels, source.image_size, source.image_size)
+    for step in range(2):
+        index = torch.arange(2) + 2 * step
+        images = (Keys(0, index).uniform("stand-in", *shape[1:]) * 256).to(torch.uint8)
+        batch = {"x": images, "label": index % max(source.num_classes, 1), "index": index}
+        loss = arm.module.training_step(batch, step)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        arm.module.ema.update(arm.module.denoiser, step + 1)
+        assert loss.isfinite()
+    generator = dataclasses.replace(arm.generator(arm.module.ema.denoiser), steps=2)
+    made = generator(torch.arange(1))
+    assert made.images.shape == (1, *shape[1:]) and made.images.dtype == torch.uint8
