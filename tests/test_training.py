@@ -334,7 +334,6 @@ def test_nothing_is_unpickled_from_a_checkpoint(tmp_path):
         trained(tmp_path)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
     import resource
 
