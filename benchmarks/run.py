@@ -12,6 +12,7 @@ from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
+import evaluation
 import keyed_noise
 import sampler_step
 import torch
@@ -21,7 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-PARTS = {"training": training_step.cases, "sampler": sampler_step.cases, "noise": keyed_noise.cases}
+PARTS = {
+    "training": training_step.cases,
+    "sampler": sampler_step.cases,
+    "noise": keyed_noise.cases,
+    "evaluation": evaluation.cases,
+}
 
 
 def main() -> None:

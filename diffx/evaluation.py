@@ -4,28 +4,34 @@ A number is stored with its protocol: whatever changes the value is named beside
 have different fingerprints.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from diffx.autoencoders import Autoencoder
+from diffx.conditioning import Conditioner
 from diffx.data import DataSource, Images
 from diffx.data.base import SplitName
+from diffx.denoisers import Denoiser
 from diffx.generate import Generator
-from diffx.metrics import (
-    Extractor,
-    FrechetDistance,
-    ImageMetrics,
-    Statistics,
-    Value,
-    cached_statistics,
-    standard_metrics,
-)
-from diffx.utils import DiffxError, Keys, write_text
+from diffx.likelihood import Likelihood
+from diffx.metrics import Extractor, ImageMetric, ImageMetrics, Inapplicable, Reference, Statistics, Value
+from diffx.utils import DiffxError, Keys, atomic_path, write_text
+
+MakeMetric = Callable[[Reference], ImageMetric]
+"""What `configs/metrics/*.yaml` build."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,21 @@ class Evaluation:
         values: metrics by name.
         protocol: all that the values depend on, JSON-like.
         fingerprint: the hash of the protocol, without the checkpoint's step and the training seed.
-        seconds: how long it took.
+        seconds: `sampling`, `extraction` (metrics included) and `rest`, on the slowest path of this process.
+        omitted: metrics that could not be measured, with the reason.
+        settings: the parts of the config that were asked for, from which the evaluation can be repeated.
+        command: what to type to repeat it.
+        environment: device, number of processes, versions, commit: what should not matter, but may.
     """
 
     values: dict[str, Value]
     protocol: dict[str, Any]
     fingerprint: str
-    seconds: float
+    seconds: dict[str, float]
+    omitted: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    environment: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Writes one JSON file, whole or not at all."""
@@ -57,10 +71,39 @@ class Evaluation:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            values = {name: Value(**value) for name, value in content.pop("values").items()}
+            values = {name: _value(value) for name, value in content.pop("values").items()}
             return cls(values=values, **content)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DiffxError(f"the evaluation '{path}' is damaged ({error}); delete it and evaluate again") from error
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluator returns.
+
+    Arguments:
+        values: metrics by name, the same on every rank.
+        omitted: metrics that these ingredients do not allow, with the reason.
+        seconds: `sampling`, `extraction` and `rest`.
+        metrics: the metrics themselves, for pictures of what they found.
+    """
+
+    values: dict[str, Value]
+    omitted: dict[str, str]
+    seconds: dict[str, float]
+    metrics: ImageMetrics
+
+
+class Interrupted(Exception):  # noqa: N818 (nothing has gone wrong)
+    """An evaluation was asked to stop, and has saved what it had.
+
+    Arguments:
+        done: the number of samples measured so far.
+    """
+
+    def __init__(self, done: int) -> None:
+        super().__init__(f"stopped after {done} samples")
+        self.done = done
 
 
 class Evaluator:
@@ -69,25 +112,35 @@ class Evaluator:
     Arguments:
         extractor: what features and logits come from.
         source: the data set.
-        reference: the split that samples are compared with, "train" or "test".
+        metrics: makes each metric, by its name in the config.
+        reference: what samples are compared with: the split "train" or "test", or the path of an `.npz` file with the
+            statistics (`mu`, `sigma`), as published with ADM, EDM or clean-fid, or written by `diffx reference`.
         batch_size: samples per batch on each rank.
-        nearest: whether to look for the nearest training image of each sample; holds the training images in memory.
+        save_every: samples between two snapshots from which a killed evaluation goes on.
     """
 
     def __init__(
         self,
         extractor: Extractor,
         source: DataSource,
-        reference: SplitName = "train",
+        metrics: Mapping[str, MakeMetric],
+        reference: str = "train",
         batch_size: int = 256,
-        nearest: bool = False,
+        save_every: int = 10_000,
     ) -> None:
         self.extractor = extractor
         self.source = source
-        self.reference: SplitName = reference
+        self.metrics = dict(metrics)
+        self.reference = reference
         self.batch_size = batch_size
-        self.nearest = nearest
-        self._statistics: Statistics | None = None
+        self.save_every = save_every
+        self._references: dict[int, Reference] = {}
+        self._baselines: dict[str, Value] | None = None
+
+    @property
+    def split(self) -> SplitName | None:
+        """The split that is the reference; None if a file is."""
+        return _SPLITS.get(self.reference)
 
     def check(self) -> None:
         """Finds what would fail after hours of training: missing weights, images the extractor cannot take.
@@ -96,16 +149,24 @@ class Evaluator:
             DiffxError: with the remedy.
         """
         self.extractor.check(self.source.channels, self.source.image_size)
+        if self.split is None:
+            self._published().check(self.extractor)
 
-    @property
-    def statistics(self) -> Statistics | None:
-        """The statistics of the reference images; None if the extractor has no features."""
-        if self._statistics is None and self.extractor.dim:
-            images = self.source.split(self.reference)
-            self._statistics = cached_statistics(
-                lambda: in_batches(images, self.batch_size), self.extractor, images.fingerprint()
+    def references(self, total: int) -> Reference:
+        """What `total` samples are compared with; its ingredients are computed at first need, and kept."""
+        if total not in self._references:
+            source = self.source
+            self._references[total] = Reference(
+                self.extractor,
+                source.split(self.split) if self.split else None,
+                total,
+                training=source.split("train"),
+                heldout=_optional(source, "test"),
+                num_classes=source.num_classes,
+                batch_size=self.batch_size,
+                statistics=None if self.split else self._published(),
             )
-        return self._statistics
+        return self._references[total]
 
     def __call__(
         self,
@@ -114,9 +175,12 @@ class Evaluator:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
+        *,
         on_batch: Callable[[int], None] | None = None,
-    ) -> dict[str, Value]:
-        """Samples and measures.
+        snapshot: Path | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Measured:
+        """Samples and measures; every rank samples and extracts, and sums are reduced.
 
         Arguments:
             generator: makes the samples 0 … total − 1.
@@ -124,87 +188,202 @@ class Evaluator:
             device: where to sample and extract.
             rank: this process.
             world_size: number of processes; all of them have to call it.
-            on_batch: called with the number of samples done by this rank after each batch.
+            on_batch: called with the number of samples done by all ranks after each batch.
+            snapshot: where partial sums are kept; if they are there, the evaluation goes on from them, on any number
+                of processes. It is left to the caller to delete it once the values are safe.
+            stop: asked after each batch; once it is true on any rank, the sums are saved and all ranks stop.
 
-        Returns:
-            Metrics by name, the same on every rank.
+        Raises:
+            Interrupted: if stopped.
+            DiffxError: if samples are not finite.
         """
-        metrics = self._metrics(total, device, generator.num_classes)
-        done = 0
-        for index, label, images in generator.batches(total, self.batch_size, device, rank, world_size):
-            metrics.update(images, label if generator.num_classes else None, index)
-            done += len(index)
+        clock = _Clock(torch.device(device))
+        metrics, omitted = self._metrics(total, device)
+        first = self._resume(metrics, snapshot, clock, rank) if snapshot else 0
+        batches = generator.batches(total, self.batch_size, device, rank, world_size, first)
+        per_round = self.batch_size * world_size
+        saved = done = first
+        clock.lap("rest")
+        # a round is a batch on every rank: after it samples 0 … done − 1 are measured, whoever measured them
+        for _ in range(math.ceil((total - first) / per_round)):
+            batch = next(batches, None)
+            clock.lap("sampling")
+            if batch is not None:
+                metrics.update(batch.images, batch.label if generator.num_classes else None, batch.index)
+            clock.lap("extraction")
+            done = min(done + per_round, total)
             if on_batch is not None:
                 on_batch(done)
-        return metrics.compute()
+            stopping = stop is not None and done < total and _any_rank(stop(), world_size, device)
+            if snapshot is not None and (stopping or (done - saved >= self.save_every and done < total)):
+                _save(metrics, snapshot, done, clock.seconds, rank)
+                saved = done
+            if stopping:
+                raise Interrupted(done)
+            clock.lap("rest")
+        values = metrics.compute()
+        clock.lap("rest")
+        return Measured(values, omitted, clock.seconds, metrics)
+
+    def measure(self, images: Images) -> Measured:
+        """Measures images instead of samples, all of them in their order."""
+        clock = _Clock(self.extractor.device)
+        total = len(images)
+        metrics, omitted = self._metrics(total, self.extractor.device)
+        labelled = self.source.num_classes > 0
+        clock.lap("rest")
+        for index in torch.arange(total).split(self.batch_size):
+            batch = images.get(index)
+            clock.lap("loading")
+            metrics.update(batch["x"], batch["label"] if labelled else None, index)
+            clock.lap("extraction")
+        values = metrics.compute()
+        clock.lap("rest")
+        return Measured(values, omitted, clock.seconds, metrics)
 
     def baselines(self, rank: int = 0, world_size: int = 1) -> dict[str, Value]:
-        """What the Fréchet distance can be judged by: real images against real ones, and noise against real ones.
+        """What a metric can be judged by: real images against the reference, and noise against it.
 
-        The floor is the distance of the other split to the reference: what a model as good as the data would reach with
-        as many samples. Noise is uniform in every pixel.
+        The floor is what the other split reaches, at most 10,000 images of it: a model as good as the data would reach
+        it with as many samples. Noise is uniform in every pixel. Computed once, whatever is evaluated after.
 
         Arguments:
             rank: this process.
             world_size: number of processes; all of them have to call it.
 
         Returns:
-            `<fd>_floor` and `<fd>_noise`; empty if the extractor has no features.
+            `<metric>_floor` and `<metric>_noise` of the Fréchet distance; empty where it is not measured or the
+            reference is a file.
         """
-        reference = self.statistics
-        if reference is None:
+        make = self.metrics.get("fd")
+        if make is None or self.split is None or not self.extractor.dim:
             return {}
-        splits: dict[SplitName, SplitName] = {"train": "test", "test": "train"}
-        other = self.source.split(splits[self.reference])
-        total = min(len(other), 10_000)
-        shape = (self.source.channels, self.source.image_size, self.source.image_size)
+        if self._baselines is None:
+            other = _optional(self.source, "test" if self.split == "train" else "train")
+            total = min(len(other), 10_000) if other is not None else 0
+            shape = (self.source.channels, self.source.image_size, self.source.image_size)
 
-        def noise() -> Iterator[Tensor]:
-            for index in torch.arange(total).split(self.batch_size):
-                yield (Keys(0, index).uniform("noise-baseline", *shape) * 256).to(torch.uint8)
+            def noise() -> Iterator[Tensor]:
+                for index in torch.arange(total).split(self.batch_size):
+                    yield (Keys(0, index).uniform("noise-baseline", *shape) * 256).to(torch.uint8)
 
-        def value(name: str, images: Iterable[Tensor]) -> Value:
-            metrics = ImageMetrics(self.extractor, [FrechetDistance(f"{self.extractor.fd_name}_{name}", reference)])
-            metrics.to(self.extractor.device)
-            first = 0
-            for i, batch in enumerate(images):
-                if i % world_size == rank:
-                    metrics.update(batch, None, torch.arange(first, first + len(batch)))
-                first += len(batch)
-            (found,) = metrics.compute().values()
-            return found
+            def value(name: str, images: Iterable[Tensor]) -> Value:
+                metrics = ImageMetrics(self.extractor, [make(self.references(total))]).to(self.extractor.device)
+                first = 0
+                for i, batch in enumerate(images):
+                    if i % world_size == rank:
+                        metrics.update(batch, None, torch.arange(first, first + len(batch)))
+                    first += len(batch)
+                (found,) = metrics.compute().values()
+                return replace(found, name=f"{found.name}_{name}")
 
-        found = [value("floor", in_batches(other, self.batch_size, total)), value("noise", noise())]
-        return {v.name: v for v in found}
+            found = (
+                [value("floor", in_batches(other, self.batch_size, total)), value("noise", noise())]
+                if other is not None
+                else []
+            )
+            self._baselines = {v.name: v for v in found}
+        return self._baselines
 
     def protocol(self) -> dict[str, Any]:
         """What the values depend on, as far as it is the evaluator's business."""
-        images = self.source.split(self.reference)
-        return {
-            **self.extractor.protocol(),
-            "quantization": "uint8, rounded to nearest",
-            "reference": {
+        if self.split is None:
+            published = self._published()
+            reference = {"file": Path(self.reference).name, "images": published.n, "fingerprint": self._file_hash()}
+        else:
+            images = self.source.split(self.split)
+            reference = {
                 "data": self.source.name,
                 "split": self.reference,
                 "images": len(images),
                 "fingerprint": images.fingerprint(),
-            },
+            }
+        return {
+            **self.extractor.protocol(),
+            "quantization": "uint8, rounded to nearest",
+            "reference": reference,
         }
 
-    def _metrics(self, total: int, device: torch.device | str, num_classes: int) -> ImageMetrics:
-        def pixels(name: SplitName) -> Tensor:
-            return torch.cat(list(in_batches(self.source.split(name), self.batch_size))).to(device)
+    def _published(self) -> Statistics:
+        return Statistics.load(Path(self.reference).expanduser())
 
+    def _file_hash(self) -> str:
+        return hashlib.sha256(Path(self.reference).expanduser().read_bytes()).hexdigest()[:32]
+
+    def _metrics(self, total: int, device: torch.device | str) -> tuple[ImageMetrics, dict[str, str]]:
         self.extractor.to(device)
-        metrics = standard_metrics(
-            self.extractor,
-            total,
-            reference=self.statistics,
-            num_classes=num_classes,
-            training=pixels("train") if self.nearest else None,
-            heldout=pixels("test") if self.nearest else None,
-        )
-        return ImageMetrics(self.extractor, metrics).to(device)
+        reference, omitted = self.references(total), {}
+        metrics: list[ImageMetric] = []
+        for name, make in self.metrics.items():
+            try:
+                metrics.append(make(reference))
+            except Inapplicable as reason:
+                omitted[name] = str(reason)
+        return ImageMetrics(self.extractor, metrics).to(device), omitted
+
+    def _resume(self, metrics: ImageMetrics, snapshot: Path, clock: "_Clock", rank: int) -> int:
+        """The number of samples that the snapshot holds; rank 0 takes their sums in."""
+        if not snapshot.is_file():
+            return 0
+        try:
+            with safe_open(snapshot, framework="pt") as file:
+                said = file.metadata()
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            done = int(said["done"])
+            if rank == 0:
+                metrics.load_state(state)
+                clock.seconds.update(json.loads(said["seconds"]))
+            return done
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
+            warnings.warn(f"the evaluation starts anew, as '{snapshot}' cannot be used: {error}", stacklevel=3)
+            metrics.reset()
+            return 0
+
+
+def bits_per_dim(
+    likelihood: Likelihood,
+    denoiser: Denoiser,
+    autoencoder: Autoencoder,
+    conditioner: Conditioner,
+    images: Images,
+    total: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+) -> Value:
+    """How many bits per dimension the model needs for images, mean and standard error over them.
+
+    Arguments:
+        likelihood: the bound, or the exact likelihood of the probability flow.
+        denoiser: the model itself, neither guided nor thresholded.
+        autoencoder: gives what the model models.
+        conditioner: gives the conditions.
+        images: a split that was not trained on.
+        total: how many of them, the first ones.
+        batch_size: images per batch on each rank.
+        device: where to compute.
+        rank: this process.
+        world_size: number of processes; all of them have to call it.
+        seed: the seed of times, noise and probes.
+    """
+    total, bits = min(total, len(images)), []
+    for index in torch.arange(total)[rank::world_size].split(batch_size):
+        batch = {name: value.to(device) for name, value in images.get(index).items()}
+        x, keys = autoencoder.encode(batch), Keys(seed, index.to(device))
+        nats = likelihood(denoiser, x, keys, **conditioner({"label": batch["label"]}))["nats"]
+        bits.append(nats.double() / (x[0].numel() * math.log(2)))
+    flat = torch.cat(bits) if bits else torch.empty(0, dtype=torch.float64, device=device)
+    sums = torch.stack([flat.sum(), flat.square().sum()])
+    if world_size > 1:
+        dist.all_reduce(sums)
+    mean = (sums[0] / total).item()
+    stderr = math.sqrt(max(sums[1].item() / total - mean**2, 0.0) / max(total - 1, 1))
+    return Value("bpd", mean, stderr, total, f"{type(likelihood).__name__}; ± standard error over images")
+
+
+_SPLITS: dict[str, SplitName] = {"train": "train", "test": "test"}
 
 
 def in_batches(images: Images, batch_size: int, total: int | None = None) -> Iterator[Tensor]:
@@ -212,3 +391,53 @@ def in_batches(images: Images, batch_size: int, total: int | None = None) -> Ite
     count = len(images) if total is None else min(total, len(images))
     for indices in torch.arange(count).split(batch_size):
         yield images.get(indices)["x"]
+
+
+def _value(content: dict[str, Any]) -> Value:
+    # JSON knows lists only
+    plain: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in content.items()}
+    return Value(**plain)
+
+
+class _Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = {"sampling": 0.0, "extraction": 0.0, "rest": 0.0}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Books the time since the last call."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _save(metrics: ImageMetrics, snapshot: Path, done: int, seconds: dict[str, float], rank: int) -> None:
+    state = metrics.state()  # all ranks together
+    if rank:
+        return
+    try:
+        with atomic_path(snapshot) as temporary:
+            save_file(state, temporary, {"done": str(done), "seconds": json.dumps(seconds)})
+    except DiffxError as error:  # a full disk costs the snapshot, not the evaluation
+        warnings.warn(f"the evaluation goes on without a snapshot: {error}", stacklevel=3)
+
+
+def _any_rank(flag: bool, world_size: int, device: torch.device | str) -> bool:
+    if world_size == 1:
+        return flag
+    total = torch.tensor(int(flag), device=device)
+    dist.all_reduce(total)
+    return bool(total)
+
+
+def _optional(source: DataSource, split: SplitName) -> Images | None:
+    """A split, or None where the data set has none."""
+    try:
+        return source.split(split)
+    except DiffxError:
+        return None

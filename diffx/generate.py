@@ -16,7 +16,7 @@ from diffx.conditioning import Conditioner
 from diffx.denoisers import Denoiser
 from diffx.discretizations import Discretization
 from diffx.samplers import Sampler
-from diffx.utils import Keys
+from diffx.utils import DiffxError, Keys
 
 
 class Generated(NamedTuple):
@@ -92,11 +92,22 @@ class Generator:
 
     @torch.no_grad()
     def __call__(self, index: Tensor, label: Tensor | None = None) -> Generated:
-        """Samples by number; arguments as for `trajectory`."""
+        """Samples by number; arguments as for `trajectory`.
+
+        Raises:
+            DiffxError: if a sample is not finite: as uint8 it would pass for black and be measured.
+        """
         label = self.labels(index) if label is None else label
         x = torch.empty(0)
         for x in self.trajectory(index, label):  # noqa: B007
             pass
+        finite = x.isfinite().flatten(1).all(1)
+        if not finite.all():
+            first, count = int(index[~finite][0]), int((~finite).sum())
+            raise DiffxError(
+                f"{count} of {len(index)} samples are not finite (the first is sample {first}): the weights have "
+                "diverged, or the sampler has; try thresholding=static, more sampler.steps or a smaller guidance.scale"
+            )
         return Generated(index, label, self.autoencoder.decode(x))
 
     def batches(
@@ -106,8 +117,11 @@ class Generator:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
+        first: int = 0,
     ) -> Iterator[Generated]:
-        """Samples 0 … total − 1, this rank's share of them, in batches.
+        """Samples first … total − 1, this rank's share of them, in batches.
+
+        The k-th batches of all ranks together are the next batch_size·world_size samples, without a gap.
 
         Arguments:
             total: number of samples over all ranks.
@@ -115,11 +129,12 @@ class Generator:
             device: where to sample.
             rank: this process.
             world_size: number of processes; samples are dealt out in turn, so that shares differ by at most one.
+            first: the first sample.
 
         Yields:
             Batches of samples.
         """
-        share = torch.arange(total, device=device)[rank::world_size]
+        share = torch.arange(first, total, device=device)[rank::world_size]
         # splitting nothing gives one empty batch
         for index in share.split(batch_size) if len(share) else ():
             yield self(index)

@@ -27,6 +27,11 @@ def build(group, choice, **overrides):
     return instantiate(config, **overrides)
 
 
+def complete(group):
+    """The choices that need nothing from the user."""
+    return [c for c in choices(group) if "???" not in (CONFIGS / group / f"{c}.yaml").read_text(encoding="utf-8")]
+
+
 def each(group):
     """Parametrizes a test over the choices of a group; the argument has the group's name."""
     import pytest

@@ -3,7 +3,8 @@
 diffusers counts the steps of a table of T from 0, diffx puts step i at t = (i + 1)/T with the clean end at t = 0; the
 "trailing" spacing is then the `Integer` grid. diffusers ends at ᾱ = 1 (`set_alpha_to_one`,
 `final_sigmas_type="zero"`), as t = 0 does. Its tables are float32: where a scheduler computes in the sample's
-precision, it is given diffx's table in float64, so that the formulas alone are compared, to eight digits.
+precision, it is given diffx's table in float64, so that the formulas alone are compared, to eight digits. The
+schedulers that know levels by σ/α are given diffx's grid, and compute in float32: 1e-5.
 """
 
 import itertools
@@ -14,20 +15,37 @@ from conftest import F64, build, mixture, no_noise
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
 )
-from diffusers.schedulers import scheduling_ddpm
+from diffusers.schedulers import scheduling_ddpm, scheduling_euler_ancestral_discrete
 from torch import nn
 
 from diffx.denoisers import Preconditioned
-from diffx.discretizations import Integer, Karras
+from diffx.discretizations import Integer, Karras, LogSNR
 from diffx.parameterizations import V
-from diffx.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun
-from diffx.schedules import EDM, Flow, Tabulated
+from diffx.samplers import (
+    DDIM,
+    DDPM,
+    PNDM,
+    DEISLogRho,
+    DPMSolverPP2M,
+    DPMSolverPP2S,
+    EDMHeun,
+    Euler,
+    Heun,
+    UniPC,
+)
+from diffx.schedules import EDM, Cosine, Flow, Tabulated, ZeroSNR
 from diffx.utils import Keys
 
 B = 6
@@ -205,8 +223,9 @@ def test_edm(scheduler, sampler, steps):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sampler", [Heun(), EDMHeun()])
 @pytest.mark.parametrize("steps", [4, 18])
-def test_heun(steps):
+def test_heun(steps, sampler):
     denoiser, parameterization = mixture(EDM()), build("parameterization", "x0")
     times = Karras()(denoiser.schedule, steps)
     scheduler = HeunDiscreteScheduler(prediction_type="sample")
@@ -222,7 +241,7 @@ def test_heun(steps):
         sigma = scheduler.sigmas[scheduler.step_index or 0]
         output = network_output(denoiser, parameterization, expected, sigma / 80)
         expected = scheduler.step(output, i, expected).prev_sample
-    ours = Heun()(denoiser, x, times, noise=no_noise)
+    ours = sampler(denoiser, x, times, noise=no_noise)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -270,3 +289,188 @@ def test_a_preconditioned_network_goes_the_same_way():
         logsnr = log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
         expected = scheduler.step(Network()(expected, logsnr.expand(B)), i, expected).prev_sample
     torch.testing.assert_close(through_diffx(DDIM(), denoiser, start(), 25), expected, rtol=1e-8, atol=1e-8)
+
+
+# ---- schedulers that know levels by σ/α ----
+
+LAST = 0.002
+"""The σ/α at which these grids end, so that multistep methods keep their order to the last step: at the clean end
+diffusers lowers the orders of the last steps, diffx that of the very last only, which is x̂."""
+
+
+def on_grid(scheduler, denoiser, times):
+    """The scheduler with diffx's grid, as σ/α; its own is made first for what else it sets up."""
+    scheduler.set_timesteps(len(times) - 1)
+    alpha, sigma = denoiser.schedule(times)
+    scheduler.sigmas = sigma / alpha
+    # only looked up, never computed with
+    scheduler.timesteps = torch.arange(len(times) - 1, 0, -1)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def through_levels(scheduler, denoiser, x, times, **step):
+    on_grid(scheduler, denoiser, times)
+    for k, i in enumerate(scheduler.timesteps):
+        arguments = {name: value(k) for name, value in step.items()}
+        x = scheduler.step(denoiser(x, times[k]), i, x, **arguments).prev_sample
+    return x
+
+
+def vp(steps, discretization=None):
+    """A variance-preserving denoiser, samples from N(0, I), and a grid that ends at `LAST`."""
+    denoiser = mixture(Cosine())
+    stop = denoiser.schedule.inverse(-2 * torch.tensor(LAST, dtype=F64).log()).item()
+    return denoiser, start(), (discretization or LogSNR())(denoiser.schedule, steps, 0.98, stop)
+
+
+MULTISTEP = {"prediction_type": "sample", "lower_order_final": False, "final_sigmas_type": "sigma_min"}
+every_spacing = pytest.mark.parametrize("discretization", [LogSNR(), Karras()])
+
+
+@every_spacing
+@pytest.mark.parametrize("steps", [4, 25])
+@pytest.mark.parametrize("b", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc(order, b, steps, discretization):
+    denoiser, x, times = vp(steps, discretization)
+    # diffusers' order 1 has no predictor but DDIM's, as the paper's
+    scheduler = UniPCMultistepScheduler(solver_order=order, solver_type=f"bh{b}", predict_x0=True, **MULTISTEP)
+    expected = through_levels(scheduler, denoiser, x, times)
+    ours = UniPC(order, b)(denoiser, x, times, noise=no_noise)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@every_spacing
+@pytest.mark.parametrize("steps", [4, 25])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_deis(order, steps, discretization):
+    denoiser, x, times = vp(steps, discretization)
+    scheduler = DEISMultistepScheduler(solver_order=order, prediction_type="sample", lower_order_final=False)
+    expected = through_levels(scheduler, denoiser, x, times)
+    ours = DEISLogRho(order)(denoiser, x, times, noise=no_noise)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)
+
+
+@every_spacing
+@pytest.mark.parametrize("steps", [4, 25])
+def test_dpm_solver_pp_2m_sde(steps, discretization):
+    denoiser, x, times = vp(steps, discretization)
+    scheduler = DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++", solver_order=2, solver_type="midpoint", **MULTISTEP
+    )
+    expected = through_levels(scheduler, denoiser, x, times, variance_noise=noise)
+    ours = DPMSolverPP2M(eta=1)(denoiser, x, times, noise=noise)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 12])
+def test_dpm_solver_pp_2s(steps):
+    # diffusers counts the estimate on the way as a step of the grid: two of its steps are one of diffx's
+    denoiser, x, fine = vp(2 * steps)
+    scheduler = DPMSolverSinglestepScheduler(
+        algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", **MULTISTEP
+    )
+    expected = through_levels(scheduler, denoiser, x, fine)
+    assert scheduler.order_list == [1, 2] * steps
+    ours = DPMSolverPP2S()(denoiser, x, fine[::2], noise=no_noise)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+def test_pndm(steps):
+    # the "leading" spacing, at which the middles of the first steps are whole numbers. The last step of diffusers,
+    # to ᾱ = 1, is (x_t − σ_t·ε̂′)/α_t with the multistep ε̂′; diffx's is x̂
+    denoiser, T = mixture(Tabulated.ddpm()), 1000
+    scheduler = exactly(PNDMScheduler(timestep_spacing="leading", set_alpha_to_one=True), denoiser.schedule)
+    scheduler.set_timesteps(steps)
+    x, parameterization = start(), build("parameterization", "eps")
+    for i in scheduler.timesteps[:-1]:
+        t = (i.double() + 1) / T
+        x = scheduler.step(network_output(denoiser, parameterization, x, t), i, x).prev_sample
+    times = (torch.arange(steps).flip(0).double() * (T // steps) + 1) / T
+    ours = PNDM()(denoiser, start(), times, noise=no_noise)
+    torch.testing.assert_close(ours, x, rtol=1e-8, atol=1e-8)
+    assert len(scheduler.timesteps) == PNDM().nfe(steps)
+
+
+# ---- Euler in σ, with α = 1 ----
+
+
+def by_sigma(scheduler, denoiser, sigmas, x):
+    """diffusers' loop where a scheduler takes samples of α = 1, as diffx's EDM schedule has them."""
+    scheduler.is_scale_input_called = True
+    for k, i in enumerate(scheduler.timesteps):
+        x = scheduler.step(denoiser(x, sigmas[k].double() / denoiser.schedule.sigma_max), i, x).prev_sample
+    return x
+
+
+OPTIONS = {"karras": (Karras, "use_karras_sigmas"), "exponential": (LogSNR, "use_exponential_sigmas")}
+
+
+@pytest.mark.parametrize("steps", [5, 30])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_euler_and_its_grids(option, steps):
+    grid, name = OPTIONS[option]
+    scheduler = EulerDiscreteScheduler(prediction_type="sample", **{name: True})
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+    sigma_max, sigma_min = (((1 - a) / a).sqrt().item() for a in (alphas_cumprod[-1], alphas_cumprod[0]))
+    scheduler.set_timesteps(steps)
+    denoiser = mixture(EDM(sigma_max))
+    times = grid(sigma_min=sigma_min, sigma_max=sigma_max)(denoiser.schedule, steps)
+    # float32, and the table's ends in float32
+    torch.testing.assert_close(scheduler.sigmas.double(), sigma_max * times, rtol=1e-4, atol=0)
+    x = sigma_max * start()
+    scheduler.sigmas = sigma_max * times
+    expected = by_sigma(scheduler, denoiser, scheduler.sigmas, x)
+    for sampler in (DDIM(), Euler()):
+        ours = sampler(denoiser, x, times, noise=no_noise)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [5, 30])
+def test_euler_ancestral(monkeypatch, steps):
+    denoiser = mixture(EDM(80.0))
+    times = Karras()(denoiser.schedule, steps)
+    scheduler = EulerAncestralDiscreteScheduler(prediction_type="epsilon")
+    scheduler.set_timesteps(steps)
+    scheduler.sigmas = 80 * times
+    drawn = iter(range(steps))
+    monkeypatch.setattr(scheduling_euler_ancestral_discrete, "randn_tensor", lambda *a, **k: noise(next(drawn)))
+    scheduler.is_scale_input_called = True
+    x = expected = 80 * start()
+    for k, i in enumerate(scheduler.timesteps):
+        # it knows no prediction of x̂
+        eps = (expected - denoiser(expected, times[k])) / (80 * times[k])
+        expected = scheduler.step(eps, i, expected).prev_sample
+    ours = DDIM(eta=1)(denoiser, x, times, noise=noise)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- zero terminal SNR ----
+
+
+def test_the_zero_snr_table():
+    # diffusers keeps the first step's √ᾱ_1, diffx the clean end's √ᾱ_0 = 1: both shift by √ᾱ_T and scale, so that the
+    # tables are proportional, by √ᾱ_1·(1 − √ᾱ_T)/(√ᾱ_1 − √ᾱ_T) = 1 − 3e-7
+    plain = torch.exp(Tabulated.ddpm().log_alpha_bar[1:] / 2)
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True)
+    alpha, _ = ZeroSNR(Tabulated.ddpm())((torch.arange(1000, dtype=F64) + 1) / 1000)
+    ratio = plain[0] * (1 - plain[-1]) / (plain[0] - plain[-1])
+    assert abs(ratio - 1) < 1e-6
+    assert alpha[-1] == 0 == scheduler.alphas_cumprod[-1]
+    torch.testing.assert_close((alpha * ratio) ** 2, scheduler.alphas_cumprod.double(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("steps", [5, 50])
+def test_ddim_from_zero_snr(steps, eta):
+    denoiser = mixture(ZeroSNR(Tabulated.ddpm()))
+    scheduler = DDIMScheduler(
+        rescale_betas_zero_snr=True, prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing"
+    )
+    scheduler.alphas_cumprod = denoiser.schedule((torch.arange(1000, dtype=F64) + 1) / 1000)[0] ** 2
+    scheduler.set_timesteps(steps)
+    noises = {"variance_noise": noise} if eta > 0 else {}
+    expected = through_diffusers(scheduler, denoiser, V(), start(), eta=lambda k: eta, **noises)
+    torch.testing.assert_close(through_diffx(DDIM(eta), denoiser, start(), steps), expected, rtol=1e-7, atol=1e-7)

@@ -1,27 +1,21 @@
-"""Sample k of a seed is sample k, whatever the batch and the number of processes; so are the metrics of all samples."""
+"""Sample k of a seed is sample k, whatever the batch and the number of processes; and pictures of samples."""
 
 import dataclasses
-import datetime
-import json
 from functools import lru_cache
 from itertools import pairwise
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import build, choices, is_stochastic
 from PIL import Image
 from torch import Tensor
 
 from diffx.autoencoders import Autoencoder, Pixels
 from diffx.conditioning import LabelConditioner, Unconditional
-from diffx.data import Digits
 from diffx.denoisers import Denoiser, Preconditioned
-from diffx.evaluation import Evaluation, Evaluator, in_batches
 from diffx.generate import Generator
-from diffx.metrics import Classifier, NoExtractor, Value
-from diffx.pictures import grid, save_grid, write_png
+from diffx.pictures import grid, save_animation, save_grid, save_pairs, save_trajectory, write_png
+from diffx.plots import Curve, plot_curves, plot_strip
 from diffx.schedules import Cosine
 from diffx.utils import DiffxError
 
@@ -29,11 +23,6 @@ torch.set_num_threads(1)
 
 SHAPE, CLASSES, N = (1, 8, 8), 10, 16
 SAMPLERS = choices("sampler")
-
-
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 class Spy:
@@ -177,7 +166,6 @@ def test_sampling_touches_no_global_random_state():
     torch.manual_seed(3)
     generator, _ = generator_of("ddpm")
     dealt(generator, 3)
-    Evaluator(NoExtractor(), digits(), batch_size=7)(generator, 10)
     assert torch.rand(4).equal(expected)
 
 
@@ -213,128 +201,6 @@ def test_latents_are_decoded_by_the_autoencoder():
     generator, _ = generator_of(autoencoder=Halved())
     images = generator(torch.arange(2)).images
     assert images.shape == (2, 1, 16, 16) and images[..., ::2, ::2].equal(images[..., 1::2, 1::2])
-
-
-# ---- metrics ----
-
-
-@lru_cache
-def digits():
-    return Digits(name="digits", channels=1, image_size=8, num_classes=CLASSES, batch_size=8, flip=False, num_workers=0)
-
-
-def evaluator_of(**changes):
-    settings = {"reference": "test", "batch_size": 7, "nearest": True} | changes
-    return Evaluator(Classifier.shipped("digits"), digits(), **settings)
-
-
-TOTAL = 41
-
-
-def evaluate_on(rank, world_size, folder):
-    """What a process of the test below does."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    generator, _ = generator_of("ddim")
-    values = evaluator_of()(generator, TOTAL, "cpu", rank, world_size)
-    # the second process has nothing to do
-    few = evaluator_of(nearest=False, batch_size=2000)
-    values |= few.baselines(rank, world_size)
-    values["one"] = few(generator, 1, "cpu", rank, world_size)["class_consistency"]
-    (folder / f"{rank}.json").write_text(json.dumps({name: vars(value) for name, value in values.items()}))
-    dist.destroy_process_group()
-
-
-def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path):
-    generator, _ = generator_of("ddim")
-    expected = evaluator_of()(generator, TOTAL)
-    assert {"fd_digits", "is_digits", "class_consistency"} < set(expected) and len(expected) >= 4
-    assert expected["fd_digits"].n == TOTAL
-    again = evaluator_of(batch_size=16)(generator, TOTAL)
-    assert again["fd_digits"].value == pytest.approx(expected["fd_digits"].value, rel=1e-3)
-    few = evaluator_of(nearest=False, batch_size=2000)
-    expected |= few.baselines()
-    expected["one"] = few(generator, 1)["class_consistency"]
-    mp.spawn(evaluate_on, (2, tmp_path), nprocs=2)
-    for rank in range(2):
-        values = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert list(values) == list(expected)
-        for name, value in expected.items():
-            # a pixel rounded the other way, no more
-            assert values[name]["value"] == pytest.approx(value.value, rel=2e-3), name
-            assert values[name]["n"] == value.n
-            if value.stderr is not None:
-                assert values[name]["stderr"] == pytest.approx(value.stderr, rel=2e-2)
-
-
-def test_progress_is_told():
-    generator, _ = generator_of(steps=1)
-    told = []
-    Evaluator(NoExtractor(), digits(), batch_size=4)(generator, 10, on_batch=told.append)
-    assert told == [4, 8, 10]
-
-
-def test_baselines_frame_the_distance():
-    evaluator = evaluator_of(nearest=False, batch_size=128)
-    baselines = evaluator.baselines()
-    assert list(baselines) == ["fd_digits_floor", "fd_digits_noise"]
-    floor, noise = (value.value for value in baselines.values())
-    assert 0 < floor < noise / 10
-    assert Evaluator(NoExtractor(), digits()).baselines() == {}
-
-
-def test_the_protocol_says_what_the_values_stand_on():
-    protocol = evaluator_of().protocol()
-    assert protocol["extractor"] == "digits" and len(protocol["weights_hash"]) == 64
-    assert protocol["reference"] == {
-        "data": "digits",
-        "split": "test",
-        "images": 360,
-        "fingerprint": digits().split("test").fingerprint(),
-    }
-    assert (
-        evaluator_of(reference="train").protocol()["reference"]["fingerprint"] != protocol["reference"]["fingerprint"]
-    )
-
-
-def test_an_extractor_for_other_images_is_refused():
-    class Larger(Digits):
-        pass
-
-    source = Larger(name="larger", channels=3, image_size=32, num_classes=10, batch_size=8, flip=False, num_workers=0)
-    with pytest.raises(DiffxError, match="3x32x32"):
-        Evaluator(Classifier.shipped("digits"), source).check()
-
-
-def test_an_evaluation_survives_its_file(tmp_path):
-    values = {"fid": Value("fid", 1.5, 0.1, 10, "how", "note"), "is": Value("is", float("nan"), None, 10, "how")}
-    evaluation = Evaluation(values, {"num_samples": 10, "reference": {"split": "test"}}, "abc", 1.25)
-    evaluation.save(tmp_path / "a.json")
-    loaded = Evaluation.load(tmp_path / "a.json")
-    assert loaded.values["fid"] == values["fid"] and loaded.values["is"].value != loaded.values["is"].value
-    assert (loaded.protocol, loaded.fingerprint, loaded.seconds) == (evaluation.protocol, "abc", 1.25)
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"values": {"fid": {"nonsense": 1}}}', "[1]"])
-def test_a_damaged_evaluation_is_named(tmp_path, text):
-    file = tmp_path / "a.json"
-    file.write_text(text)
-    with pytest.raises(DiffxError, match=r"damaged .*; delete it and evaluate again"):
-        Evaluation.load(file)
-
-
-def test_splits_come_in_order_and_no_more_than_asked():
-    images = digits().split("test")
-    parts = list(in_batches(images, 50, 120))
-    assert [len(part) for part in parts] == [50, 50, 20]
-    assert torch.cat(parts).equal(images.get(torch.arange(120))["x"])
-    assert sum(map(len, in_batches(images, 100))) == len(images)
 
 
 # ---- pictures ----
@@ -422,6 +288,66 @@ def test_a_png_holds_the_pixels(tmp_path, channels):
     read: Tensor = torch.tensor(list(Image.open(tmp_path / "a.png").getdata()), dtype=torch.uint8)
     assert read.reshape(3, 5, channels).permute(2, 0, 1).equal(image)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_samples_that_are_not_finite_are_refused():
+    generator, _ = generator_of()
+
+    class Broken(Denoiser):
+        def __init__(self, denoiser):
+            super().__init__()
+            self.inner, self.schedule = denoiser, denoiser.schedule
+
+        def forward(self, x_t, t, **cond):
+            x_hat = self.inner(x_t, t, **cond)
+            return torch.where(cond["label"][:, None, None, None] == 2, torch.nan, x_hat)
+
+    generator = dataclasses.replace(generator, denoiser=Broken(network()))
+    with pytest.raises(DiffxError, match=r"1 of 4 samples are not finite \(the first is sample 2\)"):
+        generator(torch.arange(4))
+
+
+def test_a_trajectory_shows_noise_above_estimates_and_ends_in_the_sample(tmp_path):
+    generator, _ = generator_of("euler", steps=5)
+    save_trajectory(generator, tmp_path / "t.png", torch.arange(2), columns=3)
+    with Image.open(tmp_path / "t.png") as image:
+        picture = torch.tensor(list(image.getdata())).reshape(image.size[1], image.size[0])
+    factor = picture.shape[1] // (3 * 9 + 1)
+    cells = picture[factor // 2 :: factor, factor // 2 :: factor]
+    assert cells.shape == (4 * 9 + 1, 3 * 9 + 1)
+    sample = generator(torch.arange(2)).images
+    for b in range(2):
+        for row in (2 * b, 2 * b + 1):  # the last column of both rows is the sample itself
+            assert (cells[1 + 9 * row : 9 + 9 * row, 19:27] - sample[b, 0]).abs().max() <= 1
+
+
+def test_pairs_stand_above_each_other(tmp_path):
+    above = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 1, 1, 1) * 10
+    save_pairs(above, above + 1, tmp_path / "p.png", columns=2)
+    with Image.open(tmp_path / "p.png") as image:
+        factor = image.size[0] // 5
+        pixels = [[image.getpixel((x * factor, y * factor)) for x in (1, 3)] for y in (1, 3, 5, 7)]
+    assert pixels == [[0, 10], [1, 11], [20, 96], [21, 96]]
+
+
+def test_pictures_over_training_become_a_strip_and_an_animation(tmp_path):
+    for k in range(3):
+        write_png(torch.full((1, 8, 8), 80 * k, dtype=torch.uint8), tmp_path / f"{k}.png")
+    files = [tmp_path / f"{k}.png" for k in range(3)]
+    save_animation(files, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as image:
+        assert image.n_frames == 3
+    plot_strip({"step 0": files[0], "step 1": files[1]}, tmp_path / "strip.png")
+    with Image.open(tmp_path / "strip.png") as image:
+        assert image.size[0] > image.size[1]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
+def test_plots_are_the_same_bytes_for_the_same_numbers(tmp_path, suffix):
+    curves = {"a": Curve([5, 10, 20], [3.0, 2.0, 1.5], [0.1, None, 0.2]), "b": Curve([5, 10], [4.0, 2.5], [0.1, 0.1])}
+    for name in ("one", "two"):
+        plot_curves(curves, tmp_path / f"{name}{suffix}", "NFE", "fid", log_x=True)
+    assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
 
 
 def test_times_fall_from_noisy_to_clean():

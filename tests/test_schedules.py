@@ -6,9 +6,26 @@ import pytest
 import torch
 from conftest import F64, build, choices, each
 from diffusers import DDPMScheduler
+from scipy import stats
 from torch import nn
 
-from diffx.schedules import LOGSNR_MAX, Cosine, Flow, Linear, Schedule, Tabulated
+from diffx.schedules import (
+    EDM,
+    LOGSNR_MAX,
+    Cosine,
+    Flow,
+    GeneralizedVP,
+    Laplace,
+    Learned,
+    Linear,
+    Schedule,
+    Shifted,
+    Sigmoid,
+    SubVP,
+    Tabulated,
+    TimeShift,
+    ZeroSNR,
+)
 from diffx.schedules.base import logsnr
 from diffx.utils import DiffxError
 
@@ -18,7 +35,7 @@ TIMES = torch.cat(
 )
 
 
-class Learned(Schedule):
+class Mine(Schedule):
     """A schedule with a parameter, as a user would write one: `forward` alone."""
 
     def __init__(self):
@@ -31,10 +48,10 @@ class Learned(Schedule):
 
 
 def built(choice):
-    return Learned() if choice == "learned" else build("schedule", choice)
+    return Mine() if choice == "mine" else build("schedule", choice)
 
 
-every_schedule = pytest.mark.parametrize("choice", [*choices("schedule"), "learned"])
+every_schedule = pytest.mark.parametrize("choice", [*choices("schedule"), "mine"])
 
 
 @every_schedule
@@ -58,9 +75,9 @@ def test_ends(choice, dtype):
     assert values.abs().max() <= LOGSNR_MAX and values[0] > values[1]
 
 
-@each("schedule")
-def test_clean_at_the_start_and_nearly_noise_at_the_end(schedule):
-    alpha, sigma = build("schedule", schedule)(torch.tensor([0.0, 1.0], dtype=F64))
+@pytest.mark.parametrize("choice", [choice for choice in choices("schedule") if choice != "learned"])
+def test_clean_at_the_start_and_nearly_noise_at_the_end(choice):
+    alpha, sigma = build("schedule", choice)(torch.tensor([0.0, 1.0], dtype=F64))
     assert sigma[0] == 0
     assert alpha[0] == pytest.approx(1, abs=1e-12)
     assert alpha[1] / sigma[1] < 0.03
@@ -71,8 +88,8 @@ def test_inverse_undoes_logsnr(choice):
     schedule = built(choice)
     torch.testing.assert_close(schedule.inverse(schedule.logsnr(TIMES)), TIMES, rtol=0, atol=1e-10)
     single = TIMES[::10].float()
-    # the learned one is linear in t, which float32 cannot resolve next to logSNR = 6
-    atol = 1e-6 if choice == "learned" else 0
+    # logSNR linear in t cannot be resolved by float32 next to its largest value
+    atol = 1e-6 if choice in ("mine", "learned") else 0
     torch.testing.assert_close(schedule.inverse(schedule.logsnr(single)), single, rtol=1e-5, atol=atol)
 
 
@@ -158,11 +175,11 @@ def test_levels_need_no_autograd_of_the_caller_and_leave_none(choice, mode):
 def test_levels_at_the_ends_are_numbers(choice):
     noisy, clean = built(choice).levels(torch.tensor([1.0, 0.0], dtype=F64))
     assert all(math.isfinite(value) for value in noisy[1:])
-    assert all(math.isfinite(value) for value in clean[1:-1])  # √t has no slope at 0
+    assert all(math.isfinite(value) for value in clean[1:-2])  # √t has no slope at 0
 
 
 def test_a_learned_schedule_learns():
-    schedule = Learned()
+    schedule = Mine()
     schedule.logsnr(torch.tensor([0.5])).sum().backward()
     assert schedule.slope.grad is not None and schedule.slope.grad != 0
 
@@ -200,6 +217,25 @@ def test_a_table_of_impossible_betas_is_refused(betas):
         Tabulated(betas)
 
 
+@pytest.mark.parametrize("table", [[], [1.0, 0.5], [0.5, 0.0], [0.5, 0.5], [0.3, 0.5], [[0.1]], [0.1, float("nan")]])
+def test_a_table_of_impossible_products_is_refused(table):
+    with pytest.raises(DiffxError, match=r"schedule\.alphas_cumprod"):
+        Tabulated(alphas_cumprod=table)
+
+
+@pytest.mark.parametrize("table", [{}, {"betas": [0.1], "alphas_cumprod": [0.9]}])
+def test_a_table_is_given_once(table):
+    with pytest.raises(DiffxError, match="give one and not both"):
+        Tabulated(**table)
+
+
+def test_betas_and_their_products_are_the_same_table():
+    betas = torch.tensor([0.1, 0.5, 0.2, 0.3], dtype=F64)
+    products = Tabulated(alphas_cumprod=torch.cumprod(1 - betas, 0).tolist())
+    for a, b in zip(products(TIMES), Tabulated(betas.tolist())(TIMES), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
 def test_one_step_table():
     alpha, _ = Tabulated([0.36])(torch.tensor([0.0, 1.0], dtype=F64))
     torch.testing.assert_close(alpha, torch.tensor([1.0, 0.8], dtype=F64))
@@ -233,10 +269,24 @@ def test_cosine_agrees_with_diffusers_before_the_clipped_step():
     assert schedule(torch.ones((), dtype=F64))[0].item() == pytest.approx(math.sqrt(3e-7), rel=1e-6)
 
 
-@pytest.mark.parametrize("choice", ["linear", "cosine", "ddpm"])
+VARIANCE_PRESERVING = [
+    "linear",
+    "cosine",
+    "ddpm",
+    "sigmoid",
+    "laplace",
+    "gvp",
+    "tabulated",
+    "shifted",
+    "zero_snr",
+    "learned",
+]
+
+
+@pytest.mark.parametrize("choice", VARIANCE_PRESERVING)
 def test_variance_preserving(choice):
     alpha, sigma = build("schedule", choice)(TIMES)
-    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=1e-14, atol=0)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=3e-14, atol=0)
 
 
 def test_variance_exploding_is_geometric():
@@ -250,3 +300,109 @@ def test_flow_and_edm_are_straight():
     assert alpha.equal(1 - TIMES) and sigma.equal(TIMES)
     alpha, sigma = build("schedule", "edm")(TIMES)
     assert (alpha == 1).all() and sigma.equal(80.0 * TIMES)
+
+
+# ---- each against its closed form ----
+
+
+def test_sigmoid_is_the_papers():
+    # arXiv 2301.10972, Alg. 1, as written there
+    def gamma(t, start, end, tau):
+        first, last = (torch.sigmoid(torch.tensor(v / tau, dtype=F64)) for v in (start, end))
+        return (last - torch.sigmoid((t * (end - start) + start) / tau)) / (last - first)
+
+    t = torch.linspace(0, 1, 101, dtype=F64)
+    for start, end, tau in [(-3.0, 3.0, 1.0), (0.0, 3.0, 0.7), (-3.0, 3.0, 0.1)]:
+        alpha, sigma = Sigmoid(start, end, tau)(t)
+        torch.testing.assert_close(alpha**2, gamma(t, start, end, tau), rtol=1e-9, atol=2e-9)
+        torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("mu", "b"), [(0.0, 0.5), (1.0, 2.0)])
+def test_logsnr_of_laplace_has_its_law(mu, b):
+    schedule = Laplace(mu, b, logsnr_min=mu - 20 * b)
+    t = torch.linspace(0.001, 0.999, 99, dtype=F64)
+    # the quantile of noise t is that of signal 1 − t
+    expected = torch.from_numpy(stats.laplace.ppf(1 - t.numpy(), mu, b))
+    torch.testing.assert_close(schedule.logsnr(t), expected, rtol=1e-6, atol=1e-6)
+    # the paper's form, with its sign and absolute values
+    papers = mu - b * torch.sign(0.5 - t) * torch.log(1 - 2 * (t - 0.5).abs())
+    torch.testing.assert_close(schedule.logsnr(t), papers, rtol=1e-6, atol=1e-6)
+    assert schedule.logsnr(torch.ones((), dtype=F64)).item() == pytest.approx(mu - 20 * b)
+
+
+def test_sub_vp_has_the_square_of_linears_noise():
+    (alpha, sigma), (linear, noise) = SubVP()(TIMES), Linear()(TIMES)
+    assert alpha.equal(linear)
+    torch.testing.assert_close(sigma, noise**2, rtol=1e-14, atol=0)
+    torch.testing.assert_close(sigma, 1 - alpha**2, rtol=1e-8, atol=1e-15)
+
+
+def test_generalised_vp_is_a_quarter_of_a_circle():
+    for dtype in (torch.float32, F64):
+        alpha, sigma = GeneralizedVP()(torch.tensor([0.0, 1 / 3, 1.0], dtype=dtype))
+        assert alpha[2] == 0 and sigma[0] == 0
+        assert alpha[0] == 1 and sigma[2] == 1
+        assert sigma[1].item() == pytest.approx(0.5, rel=1e-7)
+
+
+INNER = [Cosine(), Linear(), Flow(), EDM(), SubVP(), Tabulated.ddpm()]
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0, 2.0])
+def test_shifted_shifts_logsnr_and_keeps_the_scale(inner, ratio):
+    t = torch.linspace(0.01, 0.99, 50, dtype=F64)
+    schedule = Shifted(inner, ratio)
+    torch.testing.assert_close(schedule.logsnr(t), inner.logsnr(t) + 2 * math.log(ratio))
+    (alpha, sigma), (plain, noise) = schedule(t), inner(t)
+    torch.testing.assert_close(alpha**2 + sigma**2, plain**2 + noise**2)
+    if isinstance(inner, Cosine):  # the paper's: 256 pixels where it was made for 64
+        torch.testing.assert_close(alpha**2, torch.sigmoid(inner.logsnr(t) + 2 * math.log(ratio)))
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_time_shift_is_equation_23(inner, shift):
+    t = torch.linspace(0, 1, 51, dtype=F64)
+    for a, b in zip(TimeShift(inner, shift)(t), inner(shift * t / (1 + (shift - 1) * t)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+def test_the_two_shifts_agree_on_the_flow_schedule():
+    t = torch.linspace(0.01, 0.99, 50, dtype=F64)
+    torch.testing.assert_close(TimeShift(Flow(), 3.0).logsnr(t), Shifted(Flow(), 1 / 3.0).logsnr(t))
+
+
+@pytest.mark.parametrize("inner", [Cosine(), Linear(), Flow(), GeneralizedVP(), Sigmoid(), Learned(), Tabulated.ddpm()])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_zero_snr_ends_at_exactly_zero(inner, dtype):
+    schedule = ZeroSNR(inner)
+    for n in (1, 2, 7, 16, 33):  # vectorised or not
+        assert (schedule(torch.ones(n, dtype=dtype))[0] == 0).all()
+    assert schedule(torch.ones((), dtype=dtype))[0] == 0
+    alpha, sigma = schedule(torch.linspace(0, 1, 101, dtype=dtype))
+    assert (alpha[:-1] > 0).all() and alpha[-1] == 0
+    scale = [(a**2 + s**2).detach() for a, s in (schedule(TIMES), inner(TIMES))]
+    torch.testing.assert_close(scale[0], scale[1], rtol=1e-12, atol=0)
+    assert sigma.isfinite().all()
+
+
+def test_zero_snr_is_diffusers_but_for_the_first_step():
+    table = DDPMScheduler(rescale_betas_zero_snr=True).alphas_cumprod.double()
+    alpha, _ = ZeroSNR(Tabulated.ddpm())(torch.arange(1, 1001, dtype=F64) / 1000)
+    # they keep ᾱ of their first step, here 1 − 1e-4 is kept up to its share of α(1)
+    torch.testing.assert_close(alpha**2, table, rtol=1e-4, atol=1e-6)
+    assert alpha[-1] == 0
+
+
+def test_zero_snr_of_a_schedule_without_falling_alpha_is_refused():
+    with pytest.raises(DiffxError, match="EDM") as refusal:
+        ZeroSNR(EDM())
+    assert "cosine" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_wrapped_schedule_is_named_on_the_command_line():
+    # schedule=shifted schedule.schedule._target_=diffx.schedules.Linear
+    schedule = build("schedule", "shifted", schedule={"_target_": "diffx.schedules.Linear", "beta_max": 10.0})
+    assert schedule.schedule.beta_max == 10

@@ -1,7 +1,8 @@
 """From a resolved config to built objects."""
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,14 +10,17 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from diffx.autoencoders import Autoencoder
+from diffx.cli.types import locate_target
 from diffx.conditioning import Conditioner
 from diffx.data import DataSource
 from diffx.data.stream import GlobalBatches
 from diffx.denoisers import Denoiser, Preconditioned, Rescheduled
 from diffx.evaluation import Evaluator
+from diffx.experiment import fingerprint
 from diffx.generate import Generator
 from diffx.training import EMA, DiffusionModule
-from diffx.utils import DiffxError
+from diffx.training.callbacks import Point
+from diffx.utils import DiffxError, nearest
 
 Config = dict[str, Any]
 
@@ -51,11 +55,10 @@ def build(config: Config) -> Arm:
     source: DataSource = make(config, "data")
     autoencoder: Autoencoder = make(config, "autoencoder")
     conditioner: Conditioner = make(config, "conditioning")
-    trained = "trained_schedule" if "trained_schedule" in config else "schedule"
-    denoiser = Preconditioned(make(config, "backbone"), make(config, trained), make(config, "parameterization"))
-    objective = make(
-        config, "objective", time_sampler=make(config, "time_sampler"), weighting=make(config, "weighting")
-    )
+    denoiser = build_denoiser(config)
+    # the variational bound has its own weights and times
+    taken = inspect.signature(locate_target(config["objective"]["_target_"], "objective")).parameters
+    objective = make(config, "objective", **{key: make(config, key) for key in _OF_OBJECTIVE if key in taken})
     ema: EMA = make(config, "ema")(denoiser)
     module = DiffusionModule(
         denoiser,
@@ -73,12 +76,58 @@ def build(config: Config) -> Arm:
     )
 
 
+_OF_OBJECTIVE = ("time_sampler", "weighting")
+
+
+def build_denoiser(config: Config) -> Preconditioned:
+    """The model, on the schedule that it is trained on."""
+    trained = "trained_schedule" if "trained_schedule" in config else "schedule"
+    parts = {"schedule": make(config, trained), "parameterization": make(config, "parameterization")}
+    return make(config, "denoiser", backbone=_backbone(config), **parts)
+
+
+def _backbone(config: Config) -> Any:
+    """The network, with as many output channels as the denoiser reads."""
+    outputs = getattr(locate_target(config["denoiser"]["_target_"], "denoiser"), "outputs", 1)
+    if outputs == 1 or config["backbone"].get("out_channels") is not None:
+        return make(config, "backbone")
+    return make(config, "backbone", out_channels=outputs * config["backbone"]["in_channels"])
+
+
 def build_evaluator(config: Config, source: DataSource) -> Evaluator:
     """What measures samples against a source."""
     settings = config["evaluation"]
-    return Evaluator(
-        make(config, "extractor"), source, settings["reference"], settings["batch_size"], settings["nearest"]
-    )
+    metrics = {name: make(config["metrics"], name) for name in config["metrics"]}
+    extractor = make(config, "extractor")
+    return Evaluator(extractor, source, metrics, *(settings[k] for k in ("reference", "batch_size", "save_every")))
+
+
+def asked(arm: Arm, config: Config, known: dict[str, Evaluator]) -> Arm:
+    """The same trained model with other inference settings.
+
+    Arguments:
+        arm: the model, built.
+        config: its config with the settings to sample and evaluate with.
+        known: evaluators by what they were built from; a new one is added.
+    """
+    parts = {key: config[key] for key in ("extractor", "metrics", "data")}
+    settings = {key: config["evaluation"][key] for key in ("reference", "batch_size", "save_every")}
+    key = fingerprint(parts | settings)
+    if key not in known:
+        known[key] = build_evaluator(config, arm.source)
+    generator = generators(config, arm.module.autoencoder, arm.module.conditioner, arm.source)
+    return replace(arm, config=config, evaluator=known[key], generator=generator)
+
+
+def points(arm: Arm) -> list[Point]:
+    """How the model is sampled while it trains: as its config says, and as `evaluation.interim` does."""
+    # the best weights are known only afterwards
+    weights = arm.config["weights"]
+    found = [Point("", "ema" if weights == "best" else weights, arm.generator)]
+    for name, settings in arm.config["evaluation"].get("interim_points", {}).items():
+        other = asked(arm, arm.config | settings, {})
+        found.append(Point(name, settings["weights"], other.generator))
+    return found
 
 
 def generators(
@@ -91,8 +140,6 @@ def generators(
     discretization = make(config, "discretization")
     guidance, thresholding = make(config, "guidance"), make(config, "thresholding")
     null = conditioner.null(1)
-    if not null and config["guidance"]["_target_"].endswith("ClassifierFree"):
-        raise DiffxError("classifier-free guidance needs a conditional model; set guidance=none or conditioning=label")
 
     def generator(denoiser: Denoiser) -> Generator:
         if rescheduled(config):
@@ -142,7 +189,22 @@ def check(arm: Arm) -> None:
     arm.source.split("train")
     if config["evaluation"]["num_samples"] or config["evaluation"]["interim_samples"]:
         arm.evaluator.check()
-    arm.generator(arm.module.denoiser).times()
+    averages = arm.module.ema.named()
+    if config["weights"] == "best" and config["checkpoint"]["monitor"] is None:
+        raise DiffxError("weights=best needs a metric that decides: set checkpoint.monitor=METRIC, such as fd_digits")
+    if config["checkpoint"]["monitor"] and not (
+        config["evaluation"]["every_n_steps"] and config["evaluation"]["interim_samples"]
+    ):
+        raise DiffxError(
+            "checkpoint.monitor needs metrics in training: set evaluation.every_n_steps and evaluation.interim_samples"
+        )
+    for point in points(arm):
+        if point.weights not in averages:
+            raise DiffxError(
+                f"there are no weights '{point.weights}' in training{nearest(point.weights, averages)}; "
+                f"choose weights={' or '.join(averages)}"
+            )
+        point.generator(arm.module.denoiser).times()
 
 
 def make(config: Config, group: str, **parts: Any) -> Any:

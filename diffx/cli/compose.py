@@ -71,8 +71,20 @@ def parse(argv: list[str]) -> Arguments:
         elif "=" not in word and not word.startswith("~"):
             raise DiffxError(f"'{word}' is no setting; write KEY=VALUE or GROUP=CHOICE, such as schedule=cosine")
         else:
-            arguments.overrides.append(word)
+            arguments.overrides.append(_quoted(word))
     return arguments
+
+
+def as_dict(overrides: list[str]) -> dict[str, str]:
+    """`KEY=VALUE` words by their keys."""
+    return {key: value for key, _, value in (word.partition("=") for word in overrides)}
+
+
+def _quoted(word: str) -> str:
+    """`KEY=PATH` as Hydra reads it: the names of run directories hold `=` and `,`."""
+    key, _, value = word.partition("=")
+    special = set(value) & set(",= ") and value[:1] not in ("'", '"', "[", "{")
+    return f"{key}='{value}'" if special and Path(value).expanduser().exists() else word
 
 
 def compose_config(
@@ -182,6 +194,20 @@ def refuse_sweep(overrides: list[str]) -> None:
             raise DiffxError(f"'{override.input_line}' names several values; add -m to run each of them")
 
 
+def sweep_points(overrides: list[str], name: str, arguments: Arguments) -> list[list[str]]:
+    """The overrides of every point of a sweep, without Hydra's own.
+
+    Raises:
+        DiffxError: if an override cannot be read.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        own = [o for o in parsed if not o.key_or_group.startswith("hydra")]
+        return BasicSweeper.split_arguments(own, None)[0]
+    except HydraException as error:
+        raise DiffxError(explain(error, overrides, name, arguments.config_dirs)) from error
+
+
 def multirun(
     name: str, check: Callable[[list[str]], Any], task: Callable[[list[str]], int], arguments: Arguments
 ) -> int:
@@ -199,12 +225,7 @@ def multirun(
     Raises:
         DiffxError: if a point cannot be composed.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(arguments.overrides)
-        own = [o for o in parsed if not o.key_or_group.startswith("hydra")]
-        points = BasicSweeper.split_arguments(own, None)[0]
-    except HydraException as error:
-        raise DiffxError(explain(error, arguments.overrides, name, arguments.config_dirs)) from error
+    points = sweep_points(arguments.overrides, name, arguments)
     for point in points:
         check(point)
     codes: list[int] = []

@@ -1,28 +1,25 @@
 """Training and evaluating a built arm in its run directory: the same for one process and for every rank."""
 
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from diffx.cli.build import Arm, make
-from diffx.denoisers import Denoiser
-from diffx.evaluation import Evaluation
+from diffx.cli.build import Arm, make, points
+from diffx.cli.figures import progress_pictures
+from diffx.cli.measure import Stopped, best_device, evaluate, table
 from diffx.experiment import Run, fingerprint, identity
 from diffx.experiment.run import step_of
-from diffx.metrics import Value
 from diffx.pictures import save_grid
 from diffx.training.callbacks import EvaluateEMA, ProgressBar
 from diffx.training.checkpoints import Checkpoints
 from diffx.training.data import StreamData
-from diffx.training.fit import Outcome, export_weights, fit, load_weights
+from diffx.training.fit import Outcome, fit
 from diffx.training.log import TrainingLog
 from diffx.training.loggers import CSVLogger, log_image
+from diffx.training.weights import BestWeights, export_weights, load_weights
 from diffx.utils import DiffxError
 
 
@@ -49,9 +46,11 @@ def execute(arm: Arm, run: Run, console: Console) -> int:
         console.print(f"{name}: saved at step {outcome.step}; run the same command again to resume", highlight=False)
         return 128 + outcome.signal
     if first:
-        export_weights(module.ema.denoiser, run.weights, outcome.step)
+        for name, denoiser in module.ema.named().items():
+            export_weights(denoiser, run.weights.with_name(f"{name}.safetensors"), outcome.step)
         run.set_status("finished", step=outcome.step)
     trainer = outcome.trainer
+    trainer.strategy.barrier()  # the other ranks read what the first has written
     return summarize(arm, run, console, loggers, module.device, trainer.global_rank, trainer.world_size)
 
 
@@ -65,20 +64,25 @@ def summarize(
     world_size: int = 1,
 ) -> int:
     """Evaluates a finished run under the config's protocol, unless that is done, and prints the table."""
-    denoiser = arm.module.ema.denoiser
-    if loggers is None:
-        load_weights(denoiser, run.weights, run.newest_checkpoint()[0])
-    target = torch.device(device or best_device(arm.config["trainer"]["accelerator"]))
-    picture = run.samples / "final.png"
+    config = arm.config
+    denoiser, step = load_weights(arm.module.ema, config["weights"], run.weights.parent, run.newest_checkpoint()[0])
+    target = torch.device(device or best_device(config["trainer"]["accelerator"]))
+    picture, loggers = run.samples / "final.png", loggers or []
     if rank == 0 and not picture.is_file():
-        save_grid(arm.generator(denoiser.to(target)), picture, arm.config["evaluation"]["per_class"], target)
-        log_image(loggers or [], "samples", picture, run.status().get("step", 0))
-    if arm.config["evaluation"]["num_samples"]:
-        evaluation, file = evaluate(arm, run, denoiser, console, target, rank, world_size)
+        save_grid(arm.generator(denoiser.to(target)), picture, config["evaluation"]["per_class"], target)
+        log_image(loggers, "samples", picture, step)
+        for key, file in progress_pictures(run).items():
+            log_image(loggers, key, file, step)
+    if config["evaluation"]["num_samples"]:
+        try:
+            evaluation, file = evaluate(arm, run, denoiser, step, console, target, rank, world_size)
+        except Stopped as stopped:
+            console.print(str(stopped), highlight=False)
+            return 128 + stopped.signal
         if rank == 0:
-            for logger in loggers or []:
+            for logger in loggers:
                 row = {f"final/{name}": value.value for name, value in evaluation.values.items()}
-                logger.log_metrics(row, step=run.status().get("step", 0))
+                logger.log_metrics(row, step=step)
             console.print(table(evaluation))
             console.print(f"evaluation  {file}", highlight=False, soft_wrap=True)
     console.print(
@@ -93,88 +97,6 @@ def summarize(
     return 0
 
 
-def evaluate(
-    arm: Arm,
-    run: Run,
-    denoiser: Denoiser,
-    console: Console,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-) -> tuple[Evaluation, Path]:
-    """Measures a denoiser under the config's protocol, or reads what has been measured under it.
-
-    Returns:
-        The evaluation and its file.
-    """
-    config = arm.config
-    arm.evaluator.check()
-    generator = arm.generator(denoiser.to(device).eval())
-    total = config["evaluation"]["num_samples"]
-    status = run.status()
-    protocol = {
-        **arm.evaluator.protocol(),
-        "num_samples": total,
-        "sampler": config["sampler"],
-        "discretization": config["discretization"],
-        "nfe": generator.nfe,
-        "guidance": config["guidance"],
-        "thresholding": config["thresholding"],
-        "schedule": config["schedule"],
-        "sampling_precision": "32-true",
-        "ema": config["ema"],
-        "sample_seed": config["evaluation"]["seed"],
-    }
-    # extractor choice aside, nothing here depends on which run was measured: equal protocols are comparable
-    digest = fingerprint(protocol)
-    protocol |= {"step": status.get("step"), "seed": config["seed"], "identity": fingerprint(identity(run.config()))}
-    file = run.evaluations / f"step={status.get('step', 0):08d}-{digest}.json"
-    if file.is_file():
-        return Evaluation.load(file), file
-    started = time.perf_counter()
-    share = len(range(rank, total, world_size))
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(f"evaluate ({total} samples, NFE {generator.nfe})", total=share)
-        values = arm.evaluator(
-            generator, total, device, rank, world_size, lambda done: bar.update(task, completed=done)
-        )
-    values |= arm.evaluator.baselines(rank, world_size)
-    evaluation = Evaluation(values, protocol, digest, time.perf_counter() - started)
-    if rank == 0:
-        evaluation.save(file)
-    return evaluation, file
-
-
-def table(evaluation: Evaluation) -> Table:
-    """The values with their uncertainty and protocol, for the terminal."""
-    protocol, reference = evaluation.protocol, evaluation.protocol["reference"]
-    shown = Table(
-        title=f"{protocol['num_samples']} samples of the EMA at step {protocol['step']}, NFE {protocol['nfe']}; "
-        f"reference: {reference['images']} {reference['split']} images of {reference['data']}",
-        caption=f"protocol {evaluation.fingerprint}",
-        title_justify="left",
-        caption_justify="left",
-    )
-    shown.add_column("metric", no_wrap=True)
-    for column in ("value", "±1 s.e.", "n"):
-        shown.add_column(column, justify="right")
-    shown.add_column("protocol", overflow="fold")
-    for value in evaluation.values.values():
-        shown.add_row(value.name, f"{value.value:.4g}", _error(value), str(value.n), value.note or value.method)
-    return shown
-
-
-def best_device(accelerator: str) -> str:
-    """The device that an accelerator setting means on this machine."""
-    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
-        return "cuda"
-    return "cpu"
-
-
-def _error(value: Value) -> str:
-    return "" if value.stderr is None else f"{value.stderr:.2g}"
-
-
 def _fit(arm: Arm, run: Run, console: Console, checkpoint: Path | None, loggers: list[Any]) -> Outcome:
     config, module = arm.config, arm.module
     settings, trainer = config["evaluation"], config["trainer"]
@@ -182,15 +104,18 @@ def _fit(arm: Arm, run: Run, console: Console, checkpoint: Path | None, loggers:
     callbacks: list[Any] = [log]
     if config["progress_bar"]:
         callbacks.append(ProgressBar(log, console))
+    checkpoint_settings = config["checkpoint"]
+    monitor, mode = checkpoint_settings["monitor"], checkpoint_settings["mode"]
     callbacks.append(
         EvaluateEMA(
             settings["every_n_steps"],
-            arm.generator,
+            points(arm),
             arm.evaluator,
             settings["interim_samples"],
             run.samples,
             settings["per_class"],
             console,
+            BestWeights(run.weights.with_name("best.safetensors"), monitor, mode) if monitor else None,
         )
     )
     if trainer["compile"]:
@@ -200,8 +125,8 @@ def _fit(arm: Arm, run: Run, console: Console, checkpoint: Path | None, loggers:
         StreamData(arm.source, config["seed"], trainer["accumulate_grad_batches"]),
         checkpoints=Checkpoints(
             run.checkpoints,
-            config["checkpoint"]["every_n_steps"],
-            config["checkpoint"]["keep_last"],
+            checkpoint_settings["every_n_steps"],
+            checkpoint_settings["keep_last"],
             f"{fingerprint(identity(config))}/seed{config['seed']}",
         ),
         callbacks=callbacks,

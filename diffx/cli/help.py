@@ -4,8 +4,12 @@ from diffx.cli.paths import groups
 
 COMMANDS = {
     "train": "train a model, resume it, or say that it is finished; then evaluate it",
+    "plan": "show what a sweep would train: effective weights, equal arms, arms that cannot work",
+    "parts": "describe every schedule, weighting, sampler, … with formula, source and defaults",
     "sample": "sample a trained run with any sampler, steps, guidance, labels and seed",
-    "evaluate": "measure a trained run: FID, IS and their kin, with uncertainty and protocol",
+    "evaluate": "measure trained runs, or images: FID, IS, KID and their kin, with uncertainty and protocol",
+    "reference": "compute the statistics that samples are compared with, for nodes without the data or the network",
+    "fit-classifier": "train the classifier of noisy images that guidance=classifier climbs",
     "fit-extractor": "fit the small classifier that metrics on a labelled data set stand on",
 }
 
@@ -39,8 +43,10 @@ usage: diffx sample run=DIR [KEY=VALUE …] [GROUP=CHOICE …]      (-m sweeps)
   n=100              number of samples
   labels=null        classes, as [0,3,7]: taken in turn; null takes every class in turn
   seed=0             sample k of a seed is the same image at any batch size
-  out=null           a .png (one grid), a .npz (arr_0, as ADM's evaluation reads it) or a folder (one PNG each);
-                     by default a grid in the run directory
+  out=null           a .png (one grid), a .npz (arr_0, as ADM's evaluation reads it), a .tar (a WebDataset shard) or a
+                     folder (one PNG each); by default a grid in the run directory
+  weights=ema        ema, ema_<decay> of a further ema.decay, best of checkpoint.monitor
+  trajectory=false   instead of samples, how ten of them come out of the noise: x_t above, the estimate below
   batch_size=256     samples per batch
   device=auto        auto, cpu, cuda
 Sampler, discretization, guidance, thresholding and schedule are those of the run unless you say otherwise; on another
@@ -50,24 +56,69 @@ examples:
   diffx sample run=runs/digits/default-1a2b3c4d5e/seed0
   diffx sample run=DIR sampler=dpmpp_2m sampler.steps=10 discretization=logsnr out=grid.png
   diffx sample run=DIR guidance=cfg guidance.scale=2 labels=[3] n=16
+  diffx sample run=DIR trajectory=true labels=[3]
   diffx sample run=DIR n=50000 out=samples.npz
 """
 
 EVALUATE = """\
-diffx evaluate: measure a trained run. Each value is stored with its protocol in the run directory; what has been
-measured already is not measured again.
+diffx evaluate: measure trained runs. Each value is stored with its protocol and its uncertainty in the run directory;
+what has been measured already is not measured again, and what was interrupted goes on where it stopped.
 
-usage: diffx evaluate run=DIR [KEY=VALUE …] [GROUP=CHOICE …]    (-m sweeps)
+usage: diffx evaluate run=DIR [KEY=VALUE …] [GROUP=CHOICE …]
+       diffx evaluate -m run=DIR,DIR sampler=A,B …      every point, in one process; then a table and plots over NFE
+       diffx evaluate images=PATH data=CHOICE …         images of any program: a folder, or an .npz with arr_0
+       diffx evaluate repeat=FILE                       a record again, from its own settings, digit by digit
 
-  run=DIR                        the run directory that diffx train named
+  run=DIR                        a run directory, several, or a pattern such as 'runs/digits/*/seed*'
+  metrics=[fd,is,consistency]    what to measure (below)
+  weights=ema                    ema, ema_<decay> of a further ema.decay, best of checkpoint.monitor
   evaluation.num_samples=1437    number of samples
+  evaluation.reference=train     the split to compare with, or an .npz file with mu and sigma
   evaluation.seed=0              seed of the samples
-  device=auto                    auto, cpu, cuda
+  device=auto  devices=1         auto, cpu, cuda; how many processes (values do not depend on it)
 
 examples:
   diffx evaluate run=DIR
   diffx evaluate -m run=DIR sampler=ddim,dpmpp_2m sampler.steps=5,10,20
+  diffx evaluate run=DIR metrics=[fd,kid,pr,dc,per_class_fd,nearest]
   diffx evaluate run=DIR extractor=inception extractor.weights=weights-inception-2015-12-05-6726825d.pth
+"""
+
+PARTS = """\
+diffx parts: every part with its formula, source, defaults and when to use it.
+
+usage: diffx parts [GROUP …] [out=FILE.md] [plots=DIR]
+
+examples:
+  diffx parts sampler
+  diffx parts schedule weighting plots=plots       logSNR over time, weights and densities over logSNR, as PNG
+  diffx parts out=docs/parts.md                    the whole page
+"""
+
+PLAN = """\
+diffx plan: what a sweep would train, before anything is trained.
+
+usage: diffx plan [KEY=VALUE …] [GROUP=CHOICE,CHOICE …] [out=plan.png]
+
+For each arm: its parameters, its range of logSNR, and the effective weight of its loss over logSNR, as a table and a
+plot. It says which arms are the same objective written differently, which differ by a constant, and which cannot work.
+
+examples:
+  diffx plan schedule=linear,cosine parameterization=eps,v seed=0,1,2
+  diffx plan parameterization=eps,x0 weighting=unit,snr
+"""
+
+REFERENCE = """\
+diffx reference: compute mean and covariance of a split's features once, and put them into the cache.
+
+usage: diffx reference data=CHOICE extractor=CHOICE [evaluation.reference=train] [out=FILE.npz] [device=auto]
+
+The file has mu and sigma, as published ones do, and is what a node without the data or the internet needs:
+evaluation.reference=FILE.npz.
+
+examples:
+  diffx reference data=digits extractor=digits out=digits.npz
+  diffx reference data=cifar10 data.root=FOLDER extractor=inception out=cifar10.npz
 """
 
 FIT_EXTRACTOR = """\
@@ -82,7 +133,29 @@ examples:
   diffx train data=fashion_mnist backbone=unet_28 extractor=classifier extractor.weights=fashion_mnist.safetensors
 """
 
-_TEXTS = {"train": TRAIN, "sample": SAMPLE, "evaluate": EVALUATE, "fit-extractor": FIT_EXTRACTOR}
+FIT_CLASSIFIER = """\
+diffx fit-classifier: train a classifier of noisy images, for guidance=classifier on any schedule.
+
+usage: diffx fit-classifier data=CHOICE [schedule=CHOICE] [out=FILE.safetensors] [training.max_steps=2000]
+       [classifier.width=32] [optimizer.lr=2e-3] [data.batch_size=N] [seed=0] [device=auto]
+
+Held-out accuracy by logSNR is printed and kept in the file.
+
+examples:
+  diffx fit-classifier data=digits out=noisy.safetensors
+  diffx sample run=DIR guidance=classifier guidance.classifier.weights=noisy.safetensors guidance.scale=2
+"""
+
+_TEXTS = {
+    "train": TRAIN,
+    "plan": PLAN,
+    "parts": PARTS,
+    "sample": SAMPLE,
+    "evaluate": EVALUATE,
+    "reference": REFERENCE,
+    "fit-extractor": FIT_EXTRACTOR,
+    "fit-classifier": FIT_CLASSIFIER,
+}
 
 
 def overview() -> str:
@@ -104,11 +177,17 @@ def command_help(name: str) -> str:
     text = _TEXTS[name]
     shown = {
         "train": list(groups()),
+        "plan": ["schedule", "parameterization", "weighting", "time_sampler", "objective", "backbone"],
+        "parts": [],
         "sample": ["sampler", "discretization", "guidance", "thresholding", "schedule"],
-        "evaluate": ["sampler", "discretization", "guidance", "thresholding", "schedule", "extractor"],
+        "evaluate": ["metrics", "extractor", "sampler", "discretization", "guidance", "thresholding", "schedule"],
+        "reference": ["data", "extractor"],
         "fit-extractor": ["data"],
+        "fit-classifier": ["data", "schedule", "time_sampler", "optimizer", "lr_schedule"],
     }[name]
     choices = groups()
+    if not shown:
+        return text
     width = max(map(len, shown))
     lines = [f"  {group + '=':<{width + 1}} {' | '.join(choices[group])}" for group in shown if group in choices]
     return text + "\ngroups and their choices:\n" + "\n".join(lines)

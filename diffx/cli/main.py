@@ -19,7 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         code = run(argv)
     except DiffxError as error:
-        print(f"diffx: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process says it for all
+            print(f"diffx: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("diffx: interrupted; run the same command again to go on", file=sys.stderr)

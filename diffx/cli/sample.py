@@ -1,6 +1,8 @@
 """`diffx sample`."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,41 +12,46 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from diffx.cli.build import Arm, build, rescheduled
-from diffx.cli.execute import best_device
-from diffx.cli.trained import run_command
+from diffx.cli.build import build, rescheduled
+from diffx.cli.measure import best_device
+from diffx.cli.trained import Task, tasks
 from diffx.experiment import Run, fingerprint
-from diffx.generate import Generator
-from diffx.pictures import grid, write_png
-from diffx.training.fit import load_weights
+from diffx.generate import Generated, Generator
+from diffx.pictures import grid, png_bytes, save_trajectory, write_png
+from diffx.training.weights import load_weights
 from diffx.utils import DiffxError, atomic_path
 
-KEYS: dict[str, Any] = {"n": 100, "labels": None, "out": None, "batch_size": 256, "device": "auto"}
+KEYS: dict[str, Any] = {"n": 100, "labels": None, "out": None, "batch_size": 256, "device": "auto", "trajectory": False}
 
 
 def main(argv: list[str]) -> int:
     """Runs the command and returns its exit code."""
     # the seed of the samples, not that of the training run, is what one chooses here
     argv = [f"evaluation.{word}" if word.startswith("seed=") else word for word in argv]
-    return run_command(argv, "sample", KEYS, sample)
+    found = tasks(argv, "sample", KEYS)
+    if len(found) > 1 and any(task.config["out"] is not None for task in found):
+        raise DiffxError(
+            "out= is one place, but there are several tasks; leave it out, each then has a name of its own"
+        )
+    for task in found:
+        sample(task)
+    return 0
 
 
-def sample(config: dict[str, Any], run: Run) -> int:
-    """Samples a run and writes the images; returns the exit code."""
-    console = Console()
+def sample(task: Task) -> None:
+    """Samples a run and writes the images."""
+    console, config, run = Console(), task.config, task.run
     out = _destination(config, run)
     labels = config["labels"]
     arm = build(config)
     announce(config, console)
     for label in labels or []:
         arm.module.conditioner.check(label)
-    load_weights(arm.module.ema.denoiser, run.weights, run.newest_checkpoint()[0])
+    denoiser, _ = load_weights(arm.module.ema, config["weights"], run.weights.parent, run.newest_checkpoint()[0])
     device = torch.device(device_of(config))
-    generator = arm.generator(arm.module.ema.denoiser.to(device).eval())
-    images, label = _images(generator, config, device, console)
-    _write(images, label, out, arm)
-    console.print(f"{len(images)} samples, NFE {generator.nfe}: {out}", highlight=False, soft_wrap=True)
-    return 0
+    generator = arm.generator(denoiser.to(device).eval())
+    number = _write(generator, config, device, out, console)
+    console.print(f"{number} samples, NFE {generator.nfe}: {out}", highlight=False, soft_wrap=True)
 
 
 def announce(config: dict[str, Any], console: Console) -> None:
@@ -71,42 +78,100 @@ def device_of(config: dict[str, Any]) -> str:
     return config["device"]
 
 
-def _images(
-    generator: Generator, config: dict[str, Any], device: torch.device, console: Console
-) -> tuple[Tensor, Tensor]:
-    choice = None if config["labels"] is None else torch.tensor(config["labels"], device=device)
-    images, labels = [], []
-    with Progress(console=console, disable=not sys.stdout.isatty(), transient=True) as bar:
-        task = bar.add_task("sample", total=config["n"])
-        for index in torch.arange(config["n"], device=device).split(config["batch_size"]):
-            label = None if choice is None else choice[index % len(choice)]
-            made = generator(index, label)
-            images.append(made.images.cpu())
-            labels.append(made.label.cpu())
-            bar.advance(task, len(index))
-    return torch.cat(images), torch.cat(labels)
-
-
 def _destination(config: dict[str, Any], run: Run) -> Path:
     if config["out"] is None:
-        asked = {key: config[key] for key in ("sampler", "discretization", "guidance", "thresholding", "n", "labels")}
-        return run.samples / f"samples-{fingerprint(asked | {'seed': config['evaluation']['seed']})}.png"
+        keys = ("sampler", "discretization", "guidance", "thresholding", "schedule", "weights", "n", "labels")
+        digest = fingerprint({key: config[key] for key in keys} | {"seed": config["evaluation"]["seed"]})
+        return run.samples / f"{'trajectory' if config['trajectory'] else 'samples'}-{digest}.png"
     out = Path(config["out"]).expanduser()
-    if out.suffix not in ("", ".png", ".npz"):
-        raise DiffxError(f"out={out} is neither .png, .npz nor a folder; choose one of them")
+    if out.suffix not in ("", ".png", ".npz", ".tar"):
+        raise DiffxError(f"out={out} is neither .png, .npz, .tar nor a folder; choose one of them")
+    if config["trajectory"] and out.suffix != ".png":
+        raise DiffxError(f"trajectory=true draws a picture; let out={out} end in .png")
     if out.suffix == "" and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DiffxError(f"out={out} exists and is not an empty folder; choose another")
     return out
 
 
-def _write(images: Tensor, label: Tensor, out: Path, arm: Arm) -> None:
-    if out.suffix == ".png":
-        write_png(grid(images, max(1, round(len(images) ** 0.5))), out)
-    elif out.suffix == ".npz":
-        # arr_0 of shape [N, H, W, C], as ADM's evaluation suite reads it
-        with atomic_path(out) as temporary:
-            np.savez(temporary, arr_0=images.permute(0, 2, 3, 1).numpy(), label=label.numpy())
-    else:
-        digits = len(str(len(images) - 1))
-        for k, image in enumerate(images):
-            write_png(image, out / f"{k:0{digits}d}-class{int(label[k])}.png")
+def _write(generator: Generator, config: dict[str, Any], device: torch.device, out: Path, console: Console) -> int:
+    """Samples and writes batch by batch; returns the number of samples."""
+    if config["trajectory"]:
+        index = torch.arange(min(config["n"], 10), device=device)
+        save_trajectory(generator, out, index, _labels(config, index))
+        return len(index)
+    with (
+        _WRITERS[out.suffix](out, config["n"]) as write,
+        Progress(console=console, disable=not sys.stdout.isatty(), transient=True) as bar,
+    ):
+        task = bar.add_task("sample", total=config["n"])
+        for index in torch.arange(config["n"], device=device).split(config["batch_size"]):
+            made = generator(index, _labels(config, index))
+            write(made)
+            bar.advance(task, len(index))
+    return config["n"]
+
+
+def _labels(config: dict[str, Any], index: Tensor) -> Tensor | None:
+    if config["labels"] is None:
+        return None
+    return torch.tensor(config["labels"], device=index.device)[index % len(config["labels"])]
+
+
+Write = Callable[[Generated], None]
+
+
+@contextmanager
+def _png(out: Path, n: int) -> Iterator[Write]:
+    """One grid."""
+    images: list[Tensor] = []
+    yield lambda made: images.append(made.images.cpu())
+    write_png(grid(torch.cat(images), max(1, round(n**0.5))), out)
+
+
+@contextmanager
+def _npz(out: Path, n: int) -> Iterator[Write]:
+    """`arr_0` of shape `[N, H, W, C]`, as ADM's evaluation suite reads it, and `label`."""
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+
+    def write(made: Generated) -> None:
+        images.append(made.images.permute(0, 2, 3, 1).cpu())
+        labels.append(made.label.cpu())
+
+    yield write
+    with atomic_path(out) as temporary:
+        np.savez(temporary, arr_0=torch.cat(images).numpy(), label=torch.cat(labels).numpy())
+
+
+@contextmanager
+def _folder(out: Path, n: int) -> Iterator[Write]:
+    """One PNG each."""
+    digits = len(str(n - 1))
+
+    def write(made: Generated) -> None:
+        for k, image, label in zip(made.index.tolist(), made.images, made.label.tolist(), strict=True):
+            write_png(image, out / f"{k:0{digits}d}-class{label}.png")
+
+    yield write
+
+
+@contextmanager
+def _tar(out: Path, n: int) -> Iterator[Write]:
+    """A WebDataset shard: `<number>.png` and `<number>.cls`."""
+    import webdataset as wds  # slow to import
+
+    with atomic_path(out) as temporary, wds.writer.TarWriter(str(temporary), mtime=0) as shard:
+
+        def write(made: Generated) -> None:
+            for k, image, label in zip(made.index.tolist(), made.images, made.label.tolist(), strict=True):
+                shard.write({"__key__": f"{k:08d}", "png": png_bytes(image), "cls": label})
+
+        yield write
+
+
+_WRITERS: dict[str, Callable[[Path, int], AbstractContextManager[Write]]] = {
+    ".png": _png,
+    ".npz": _npz,
+    ".tar": _tar,
+    "": _folder,
+}

@@ -1,11 +1,6 @@
 """`diffx train`."""
 
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from typing import Any
 
 import yaml
@@ -13,7 +8,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from diffx.cli.compose import Arguments, compose_config, multirun, parse, refuse_sweep
-from diffx.experiment import Record, Run, locate
+from diffx.cli.launch import launch
+from diffx.experiment import Record, is_identity, locate
+from diffx.experiment.identity import INFERENCE
 from diffx.experiment.record import command_line
 from diffx.utils import DiffxError
 
@@ -36,8 +33,31 @@ def main(argv: list[str]) -> int:
 
 
 def config_of(overrides: list[str], arguments: Arguments) -> dict[str, Any]:
-    """The resolved config of one arm."""
-    return compose_config("train", overrides, arguments.config_dirs, _budget)
+    """The resolved config of one arm.
+
+    Raises:
+        DiffxError: for every mistake, in one sentence.
+    """
+    config = compose_config("train", overrides, arguments.config_dirs, _budget)
+    # ranks and resumed runs start from the frozen config: what the further points mean is settled here
+    config["evaluation"]["interim_points"] = {
+        point: _inference(point, overrides, arguments) for point in config["evaluation"]["interim"]
+    }
+    return config
+
+
+def _inference(point: str, overrides: list[str], arguments: Arguments) -> dict[str, Any]:
+    """The inference settings of a config with the further overrides of one point."""
+    more = point.split()
+    for override in more:
+        if is_identity(override.partition("=")[0]):
+            raise DiffxError(
+                f"evaluation.interim holds '{override}', which changes the model; name inference settings only, such "
+                "as sampler=ddim, sampler.steps=10, guidance.scale=2 or weights=ema_0.99"
+            )
+    rest = [o for o in overrides if not o.startswith("evaluation.interim=")]
+    config = compose_config("train", [*rest, *more], arguments.config_dirs, _budget)
+    return {key: config[key] for key in INFERENCE - {"evaluation", "extractor", "metrics"}}
 
 
 def train(config: dict[str, Any], overrides: list[str]) -> int:
@@ -60,60 +80,13 @@ def train(config: dict[str, Any], overrides: list[str]) -> int:
         console.print(f"[bold]{run.path}[/]\n{arm.source.describe()}", highlight=False, soft_wrap=True)
         trainer = config["trainer"]
         if trainer["devices"] * trainer["num_nodes"] > 1 and "WORLD_SIZE" not in os.environ:
-            return launch_ranks(run, trainer)
+            if trainer["num_nodes"] > 1:
+                raise DiffxError(
+                    f"trainer.num_nodes={trainer['num_nodes']} needs a process per device on every node; start each "
+                    f"with torchrun or srun as: python -m diffx.cli.rank {run.path}"
+                )
+            return launch(["-m", "diffx.cli.rank", str(run.path)], trainer["devices"])
         return execute(arm, run, console)
-
-
-def launch_ranks(run: Run, trainer: dict[str, Any]) -> int:
-    """One process per device on this node, all starting from the run's frozen config; returns the exit code.
-
-    Signals go on to the ranks, which save together. A rank that fails takes the others with it: they would wait for it
-    for ever.
-
-    Raises:
-        DiffxError: for more than one node.
-    """
-    if trainer["num_nodes"] > 1:
-        raise DiffxError(
-            f"trainer.num_nodes={trainer['num_nodes']} needs a process per device on every node; start each with "
-            f"torchrun or srun as: python -m diffx.cli.rank {run.path}"
-        )
-    count = trainer["devices"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # how Lightning knows processes that others have started; one thread each unless the user says otherwise
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "NODE_RANK": "0", "WORLD_SIZE": str(count)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "diffx.cli.rank", str(run.path)]
-    ranks = [subprocess.Popen(command, env={**environment, "LOCAL_RANK": str(k)}) for k in range(count)]
-
-    def forward(number: int, frame: Any) -> None:
-        # a terminal has sent INT to the ranks already
-        for rank in ranks if number != signal.SIGINT else []:
-            rank.send_signal(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    previous = [signal.signal(number, forward) for number in numbers]
-    while any(rank.poll() is None for rank in ranks):
-        time.sleep(0.1)
-        # 128 and more: stopped by a signal, and saving together
-        if any(0 < (rank.poll() or 0) < 128 or (rank.poll() or 0) < 0 for rank in ranks):
-            _end(ranks)
-    for number, handler in zip(numbers, previous, strict=True):
-        signal.signal(number, handler)
-    codes = [rank.returncode for rank in ranks]
-    return max((code if code >= 0 else 128 - code) for code in codes)
-
-
-def _end(ranks: list[subprocess.Popen[bytes]], grace: float = 10.0) -> None:
-    """Gives the ranks time to end by themselves, then kills them."""
-    deadline = time.monotonic() + grace
-    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
-        time.sleep(0.1)
-    for rank in ranks:
-        rank.kill()
-        rank.wait()
 
 
 def _budget(config: DictConfig) -> None:

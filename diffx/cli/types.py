@@ -20,12 +20,17 @@ TOP_LEVEL: dict[str, Any] = {
     "evaluation.interim_samples": int,
     "evaluation.num_samples": int,
     "evaluation.batch_size": int,
-    "evaluation.reference": Literal["train", "test"],
-    "evaluation.nearest": bool,
+    "evaluation.reference": str,
+    "evaluation.interim": list[str],
+    "evaluation.save_every": int,
+    "evaluation.likelihood_images": int,
+    "weights": str,
     "evaluation.per_class": int,
     "evaluation.seed": int,
     "checkpoint.every_n_steps": int,
     "checkpoint.keep_last": int,
+    "checkpoint.monitor": str | None,
+    "checkpoint.mode": Literal["min", "max"],
     "log_every_n_steps": int,
     "progress_bar": bool,
     "runs_dir": str,
@@ -41,6 +46,10 @@ TOP_LEVEL: dict[str, Any] = {
     "out": str | None,
     "batch_size": int,
     "device": str,
+    "devices": int,
+    "images": str | None,
+    "repeat": str | None,
+    "trajectory": bool,
     "min_accuracy": float,
     "epochs": int,
 }
@@ -50,6 +59,8 @@ POSITIVE = {
     "training.max_steps",
     "training.max_images",
     "evaluation.batch_size",
+    "evaluation.save_every",
+    "evaluation.likelihood_images",
     "evaluation.per_class",
     "checkpoint.every_n_steps",
     "checkpoint.keep_last",
@@ -59,6 +70,7 @@ POSITIVE = {
     "trainer.num_nodes",
     "trainer.accumulate_grad_batches",
     "n",
+    "devices",
     "batch_size",
     "epochs",
 }
@@ -124,7 +136,7 @@ def _check_arguments(where: str, node: dict[str, Any], target: Callable[..., Any
         return
     hints = _hints(target)
     for key, value in node.items():
-        if key.startswith("_") or key in EXTRA.get(where, ()):
+        if key.startswith("_") or key in EXTRA.get(where.rpartition(".")[2], ()):
             continue
         if key not in parameters:
             hint = nearest(key, parameters)

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from diffx.schedules import Schedule
+from diffx.utils import DiffxError
 
 
 class Denoiser(nn.Module, ABC):
@@ -28,3 +29,26 @@ class Denoiser(nn.Module, ABC):
         Returns:
             x̂, shape `[B, *]`.
         """
+
+    def posterior(self, x_t: Tensor, t: Tensor, s: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor]:
+        """The denoised estimate and the variance of a step back, for denoisers that know it.
+
+        The variance of x_s given x_t is exp(v·log β + (1 − v)·log β̃) with β = σ²_{t|s} and β̃ = β·σ_s²/σ_t² (Nichol
+        and Dhariwal, arXiv 2102.09672, Eq. 15).
+
+        Arguments:
+            x_t: noisy samples, shape `[B, *]`.
+            t: times in (0, 1], shape `[]` or `[B]`.
+            s: the times after the step, < t, shape of t.
+            cond: as for `forward`.
+
+        Returns:
+            x̂ and v, each of shape `[B, *]`.
+
+        Raises:
+            DiffxError: if the denoiser knows no variance.
+        """
+        raise DiffxError(
+            f"{type(self).__name__} has no learned variance; set denoiser=learned_variance for training, and take "
+            "another sampler than ddpm_learned for a model without it"
+        )

@@ -8,12 +8,13 @@ from diffx.utils import expand_as
 
 
 class Rescheduled(Denoiser):
-    r"""The same x̂ at equal logSNR, on another schedule.
+    r"""A trained denoiser on another schedule: the same estimate at equal logSNR.
 
     With t′ the time at which the trained schedule has the logSNR of the new one at t,
     x̂(x_t, t) = x̂_trained(x_t·σ′/σ, t′), since x_t/σ depends on logSNR alone. Karras et al. (arXiv 2206.00364), Sec. 2;
     Kingma et al. (arXiv 2107.00630), Sec. 5.1. Outside the range of noise levels seen in training the nearest trained
-    level is used.
+    level is used. A learned variance is not carried over: it depends on the steps of the trained schedule. Use it when
+    a model shall be sampled on another schedule than its own.
 
     Arguments:
         denoiser: the trained denoiser.

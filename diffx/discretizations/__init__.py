@@ -1,8 +1,21 @@
 """Discretizations: the times at which a sampler calls the denoiser."""
 
 from diffx.discretizations.base import Discretization
-from diffx.discretizations.integer import Integer
+from diffx.discretizations.beta import Beta
+from diffx.discretizations.integer import Integer, Leading, Linspace
+from diffx.discretizations.learned import Learned
 from diffx.discretizations.sigma import Karras, LogSNR
-from diffx.discretizations.uniform import Uniform
+from diffx.discretizations.uniform import Quadratic, Uniform
 
-__all__ = ["Discretization", "Integer", "Karras", "LogSNR", "Uniform"]
+__all__ = [
+    "Beta",
+    "Discretization",
+    "Integer",
+    "Karras",
+    "Leading",
+    "Learned",
+    "Linspace",
+    "LogSNR",
+    "Quadratic",
+    "Uniform",
+]

@@ -10,9 +10,12 @@ from diffx.schedules import Schedule
 
 
 class Karras(Discretization):
-    r"""(σ/α)^{1/ρ} in equal steps from σ_max to σ_min, then to the end.
+    r"""Equal steps of a root of the noise level: EDM's grid.
 
-    Karras et al. (arXiv 2206.00364), Eq. 5. Where the schedule ends inside [σ_min, σ_max], its end is taken.
+    (σ/α)^{1/ρ} in equal steps from σ_max to σ_min, then to the end. Karras et al. (arXiv 2206.00364), Eq. 5; with α = 1
+    the paper's own. Where the schedule ends inside [σ_min, σ_max], its end is taken.
+
+    Use it when steps are few and of second order (Heun, DPM-Solver++), on any schedule.
 
     Arguments:
         rho: ρ > 0; larger values put more steps near the clean end.
@@ -35,10 +38,13 @@ class Karras(Discretization):
 
 
 class LogSNR(Discretization):
-    r"""logSNR in equal steps from σ/α = σ_max to σ_min, then to the end.
+    r"""Equal steps of logSNR: the geometric grid.
 
-    Lu et al., *DPM-Solver* (arXiv 2206.00927), Sec. 3.4. Where the schedule ends inside [σ_min, σ_max], its end is
-    taken.
+    logSNR from σ/α = σ_max to σ_min, then to the end. Lu et al., *DPM-Solver* (arXiv 2206.00927), Sec. 3.4. It is the
+    "exponential" grid of k-diffusion and diffusers, log σ in equal steps, and the limit of `Karras` for ρ → ∞. Where
+    the schedule ends inside [σ_min, σ_max], its end is taken.
+
+    Use it when the sampler integrates over logSNR exactly, as DPM-Solver and DDIM do.
 
     Arguments:
         sigma_min: the smallest σ/α before the last step, > 0.

@@ -12,7 +12,7 @@ from typing import Any
 HOW = {"trainer", "logger", "runs_dir", "checkpoint", "log_every_n_steps", "progress_bar"}
 """Top-level keys that say how a run is executed."""
 
-INFERENCE = {"sampler", "discretization", "guidance", "thresholding", "extractor", "evaluation"}
+INFERENCE = {"sampler", "discretization", "guidance", "thresholding", "weights", "extractor", "metrics", "likelihood", "evaluation"}
 """Top-level keys that say what is asked of the trained model."""
 
 DATA_HOW = {"root", "num_workers", "download", "cache_bytes"}
@@ -28,6 +28,7 @@ def is_identity(key: str) -> bool:
     head, _, rest = key.lstrip("+~").partition(".")
     if head == "data" and rest.partition(".")[0] in DATA_HOW:
         return False
+    head = head.partition("@")[0]  # GROUP@PACKAGE
     return head not in HOW | INFERENCE | {"seed", "experiment", "hydra"} and not head.startswith("hydra/")
 
 

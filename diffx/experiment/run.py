@@ -32,6 +32,11 @@ class Run:
         return self.path / "config.yaml"
 
     @property
+    def is_run(self) -> bool:
+        """Whether a run has been started here."""
+        return self.config_file.is_file()
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of training checkpoints."""
         return self.path / "checkpoints"

@@ -2,29 +2,41 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from diffx.metrics.accumulators import Sums
-from diffx.metrics.base import ImageMetric, Observation
-from diffx.metrics.values import Value
+from diffx.metrics.base import ImageMetric, Inapplicable, Observation
+from diffx.metrics.reference import Reference
+from diffx.metrics.values import BLOCKS, Value, block_of, jackknifed
 from diffx.utils import DiffxError
 
 
 class ClassConsistency(ImageMetric):
     """The share of images that the extractor's classifier takes for the class asked for.
 
-    Images whose label is no class, as the null label of unconditional generation, do not count.
+    Σ 1(argmax p(y | x) = label) / n. Images whose label is no class, as the null label of unconditional generation, do
+    not count. Source: Ravuri and Vinyals, *Classification Accuracy Score for Conditional Generative Models*, arXiv
+    1905.10887, turned round: there a classifier is trained on samples, here it is given. Use it when samples are
+    conditional and the extractor is a classifier of the data's classes.
 
     Arguments:
-        num_classes: the number K of classes.
+        reference: what samples are compared with; the share needs its extractor and number of classes only.
         name: the name of the value.
     """
 
-    def __init__(self, num_classes: int, name: str = "class_consistency") -> None:
+    def __init__(self, reference: Reference, name: str = "class_consistency") -> None:
         super().__init__()
+        extractor, classes = reference.extractor, reference.num_classes
+        if not 0 < classes == extractor.num_classes:
+            raise Inapplicable(
+                f"extractor '{extractor.name}' knows {extractor.num_classes} classes and the data have {classes}: "
+                "choose a classifier fitted to the data"
+            )
         self.name = name
-        self.num_classes = num_classes
-        self.sums = Sums(count=(), hits=())
+        self.num_classes = classes
+        zeros = torch.zeros(BLOCKS, dtype=torch.float64)
+        self.sums = Sums(count=zeros, hits=zeros.clone())
 
     def update(self, seen: Observation) -> None:
         """Takes the logits and labels of a batch in.
@@ -32,22 +44,31 @@ class ClassConsistency(ImageMetric):
         Raises:
             DiffxError: if there are no labels.
         """
-        if seen.labels is None:
-            raise DiffxError(f"{self.name} needs the labels asked for: give them, or leave the metric out")
-        asked: Tensor = (seen.labels >= 0) & (seen.labels < self.num_classes)
-        hits = asked & (seen.logits.argmax(dim=1) == seen.labels)
-        self.sums.update(count=asked.sum(), hits=hits.sum())
+        labels = labels_of(seen, self.name)
+        asked = (labels >= 0) & (labels < self.num_classes)
+        hits = asked & (seen.logits.argmax(dim=1) == labels)
+        block = torch.nn.functional.one_hot(block_of(seen.index), BLOCKS)
+        self.sums.update(count=asked.long() @ block, hits=hits.long() @ block)
 
     def compute(self) -> list[Value]:
         """One value between 0 and 1."""
-        sums = self.sums.compute()
-        n, hits = int(sums["count"]), int(sums["hits"])
-        method = "share whose most probable class is the label asked for; ± binomial"
+        sums = self.sums.totals()
+        count, hits = sums["count"].cpu(), sums["hits"].cpu()
+        n = int(count.sum())
+        method = f"share whose most probable class is the label asked for; ± jackknife over {BLOCKS} blocks of images"
         if n == 0:
             return [Value(self.name, math.nan, None, 0, method, "undefined: no image was asked to be of a class")]
-        share = hits / n
-        return [Value(self.name, share, math.sqrt(share * (1 - share) / n), n, method)]
+        held = count > 0
+        without = (hits.sum() - hits[held]) / (n - count[held])
+        return [jackknifed(self.name, hits.sum().item() / n, without, n, method, bias=0.0)]
 
-    def reset(self) -> None:
-        """Forgets all images."""
-        self.sums.reset()
+
+def labels_of(seen: Observation, name: str) -> Tensor:
+    """The labels of a batch.
+
+    Raises:
+        DiffxError: if there are none.
+    """
+    if seen.labels is None:
+        raise DiffxError(f"{name} needs the labels asked for: give them, or leave the metric out")
+    return seen.labels

@@ -8,6 +8,8 @@ from diffx.metrics.extractors import Classifier, extract
 from diffx.utils import DiffxError, Keys
 from diffx.utils.random import permutation
 
+_IMAGES = 240_000
+
 
 def fit_classifier(
     train_images: Tensor,
@@ -18,7 +20,7 @@ def fit_classifier(
     name: str,
     data: str = "",
     seed: int = 0,
-    epochs: int = 60,
+    epochs: int | None = None,
     batch_size: int = 64,
     learning_rate: float = 3e-3,
     weight_decay: float = 0.05,
@@ -40,7 +42,7 @@ def fit_classifier(
         name: what the metrics are called after, as in `fd_digits`.
         data: the name of the data; `name` by default.
         seed: the seed of weights, order and shifts.
-        epochs: passes over the training images.
+        epochs: passes over the training images; by default enough to see 240,000 of them, between 4 and 60.
         batch_size: images per step; the last ones of an epoch that do not fill a batch are left out.
         learning_rate: the largest learning rate.
         weight_decay: AdamW's.
@@ -63,6 +65,7 @@ def fit_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = Classifier(name, channels, image_size, int(train_labels.max()) + 1, data).to(device)
+    epochs = min(max(_IMAGES // count, 4), 60) if epochs is None else epochs
     batch_size = min(batch_size, count)
     steps = epochs * (count // batch_size)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=weight_decay)

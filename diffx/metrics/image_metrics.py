@@ -5,13 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffx.metrics.base import ImageMetric, Observation
-from diffx.metrics.consistency import ClassConsistency
+from diffx.metrics.accumulators import Sums
+from diffx.metrics.base import ImageMetric, Observation, sums_of
 from diffx.metrics.extractors import Extractor, extract
-from diffx.metrics.frechet import FrechetDistance
-from diffx.metrics.inception_score import InceptionScore
-from diffx.metrics.nearest import NearestDistance
-from diffx.metrics.statistics import Statistics
 from diffx.metrics.values import Value
 
 
@@ -22,7 +18,7 @@ class ImageMetrics(nn.Module):
 
     Arguments:
         extractor: maps images to features and logits.
-        metrics: what to measure, as from `standard_metrics`.
+        metrics: what to measure.
     """
 
     def __init__(self, extractor: Extractor, metrics: Sequence[ImageMetric]) -> None:
@@ -42,7 +38,7 @@ class ImageMetrics(nn.Module):
         Raises:
             TypeError: if the images are not uint8 `[B, C, H, W]`.
             ValueError: if a sample number is not below the announced total.
-            DiffxError: if class consistency is measured and there are no labels.
+            DiffxError: if a metric needs labels and there are none.
         """
         features, logits = extract(self.extractor, images)
         device = features.device
@@ -62,42 +58,35 @@ class ImageMetrics(nn.Module):
         for metric in self._metrics():
             metric.reset()
 
+    def state(self) -> dict[str, Tensor]:
+        """All that was seen on all ranks, on the CPU, to go on from; every rank has to call it and gets the same."""
+        totals = {path: sums.totals() for path, sums in self._sums().items()}
+        return {
+            f"{path}.{name}": x.detach().cpu().clone() for path, found in totals.items() for name, x in found.items()
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a `state`. Over several ranks one has to load it, and the others to `reset`.
+
+        Raises:
+            ValueError: if it is of other metrics or another number of images; nothing has been seen then.
+        """
+        sums = self._sums()
+        try:
+            if state.keys() != {f"{path}.{name}" for path, part in sums.items() for name in part.names}:
+                raise ValueError("the saved sums are of other metrics: start anew")
+            for path, part in sums.items():
+                part.load({name: state[f"{path}.{name}"] for name in part.names})
+        except ValueError:
+            self.reset()
+            raise
+
+    def _sums(self) -> dict[str, Sums]:
+        found = {}
+        for i, metric in enumerate(self._metrics()):
+            # the class beside the number: sums of one metric must not pass for those of another
+            found |= {f"{i}.{type(metric).__name__}.{path}": sums for path, sums in sums_of(metric).items()}
+        return found
+
     def _metrics(self) -> list[ImageMetric]:
         return [metric for metric in self.metrics.children() if isinstance(metric, ImageMetric)]
-
-
-def standard_metrics(
-    extractor: Extractor,
-    total: int,
-    reference: Statistics | None = None,
-    num_classes: int = 0,
-    training: Tensor | None = None,
-    heldout: Tensor | None = None,
-) -> list[ImageMetric]:
-    """The metrics that these ingredients allow.
-
-    Fréchet distance where there is a reference, Inception Score where there are features, class consistency where the
-    extractor tells the data's classes apart, distance to the nearest training image where training images are given.
-
-    Arguments:
-        extractor: maps images to features and logits.
-        total: the number of images to come; their sample numbers are 0 … total − 1.
-        reference: the statistics of the reference images under this extractor.
-        num_classes: the number of classes of the data; 0 if they have no labels.
-        training: training images, uint8 `[N, C, H, W]`.
-        heldout: images that were not trained on, uint8 `[M, C, H, W]`.
-
-    Raises:
-        DiffxError: if the reference is of another extractor.
-    """
-    metrics: list[ImageMetric] = []
-    if extractor.dim and reference is not None:
-        reference.check(extractor)
-        metrics.append(FrechetDistance(extractor.fd_name, reference))
-    if extractor.dim:
-        metrics.append(InceptionScore(extractor.is_name, extractor.num_classes, total))
-    if num_classes and num_classes == extractor.num_classes:
-        metrics.append(ClassConsistency(num_classes))
-    if training is not None:
-        metrics.append(NearestDistance(training, heldout))
-    return metrics

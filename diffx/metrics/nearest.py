@@ -5,58 +5,85 @@ import math
 import torch
 from torch import Tensor
 
-from diffx.metrics.accumulators import Sums
+from diffx.metrics.accumulators import Sums, announced
 from diffx.metrics.base import ImageMetric, Observation
-from diffx.metrics.values import Value
+from diffx.metrics.reference import Reference
+from diffx.metrics.values import BLOCKS, Value, block_of, jackknifed
 
 _CHUNK = 2**24  # elements of float64: 128 MiB
-_METHOD = "RMS pixel difference, on [−1, 1], to the nearest training image; ± of the mean"
+_METHOD = "RMS pixel difference, on [−1, 1], to the nearest training image"
 
 
 class NearestDistance(ImageMetric):
     """The distance in pixels to the nearest training image, beside that of held-out images.
 
-    A model that generalizes is as far from the training images as unseen images are (`nn_ratio` near 1); one that
-    memorizes is nearer (`nn_ratio` near 0).
+    min_j ‖x − y_j‖ / √dim, on pixels in [−1, 1]. A model that generalizes is as far from the training images as unseen
+    images are (`nn_ratio` near 1); one that memorizes is nearer (`nn_ratio` near 0). Source: the search for copies of
+    Carlini et al., *Extracting Training Data from Diffusion Models*, arXiv 2301.13188. Use it when the training
+    set is small, or the training long.
 
     Arguments:
-        training: the training images, uint8 `[N, C, H, W]`.
-        heldout: images the model has not seen, uint8 `[M, C, H, W]`, or `None` for the plain distance alone.
+        reference: what samples are compared with: its training images and, for the ratio, held-out ones.
+        closest: how many pairs of a sample and its nearest training image `closest` tells.
     """
 
-    def __init__(self, training: Tensor, heldout: Tensor | None = None) -> None:
+    training_images: Tensor
+
+    def __init__(self, reference: Reference, closest: int = 16) -> None:
         super().__init__()
-        self.training_images = training
-        self.heldout_images = heldout
-        self._heldout: tuple[float, float | None, int] | None = None
-        self.sums = Sums(count=(), distance=(), square=())
+        self.total = reference.total
+        self.pairs = closest
+        self.register_buffer("training_images", reference.training_images, persistent=False)
+        self.heldout = reference.heldout_images
+        self._heldout: Value | None = None
+        # 0 stands for samples that were not seen, so that ranks can be added up
+        count = torch.zeros(self.total, dtype=torch.int64)
+        self.sums = Sums(distance=torch.zeros(self.total, dtype=torch.float64), neighbour=count)
 
     def update(self, seen: Observation) -> None:
-        """Takes a batch of images in."""
-        distance = nearest_distance(seen.images, self.training_images)
-        self.sums.update(count=torch.tensor(len(distance)), distance=distance.sum(), square=distance.square().sum())
+        """Takes a batch of images in.
+
+        Raises:
+            ValueError: if a sample number is not below the announced total.
+        """
+        index = announced(seen.index, self.total)
+        distance, neighbour = nearest(seen.images, self.training_images)
+        self.sums["distance"][index] = distance
+        self.sums["neighbour"][index] = neighbour + 1
 
     def compute(self) -> list[Value]:
         """The values `nn_distance` and, with held-out images, `nn_distance_heldout` and `nn_ratio`."""
-        sums = self.sums.compute()
-        mean, stderr, n = _mean(sums["count"].item(), sums["distance"].item(), sums["square"].item())
-        note = "" if n else "undefined without images"
-        values = [Value("nn_distance", mean, stderr, n, _METHOD, note)]
-        if self.heldout_images is None:
+        samples, _, distance = self._found()
+        method = f"{_METHOD}; ± jackknife over {BLOCKS} blocks of images"
+        note = "" if len(samples) else "undefined without images"
+        mean, without = _mean(distance, block_of(samples))
+        values = [jackknifed("nn_distance", mean, without, len(samples), method, note, 0.0)]
+        if self.heldout is None:
             return values
         if self._heldout is None:
-            d = nearest_distance(self.heldout_images.to(sums["count"].device), self.training_images)
-            self._heldout = _mean(len(d), d.sum().item(), d.square().sum().item())
-        mean_0, stderr_0, n_0 = self._heldout
-        values.append(Value("nn_distance_heldout", mean_0, stderr_0, n_0, _METHOD))
-        return [*values, _ratio(values[0], values[1])]
+            d = nearest(self.heldout.to(self.training_images.device), self.training_images)[0].cpu()
+            mean, without = _mean(d, block_of(torch.arange(len(d))))
+            self._heldout = jackknifed("nn_distance_heldout", mean, without, len(d), method, bias=0.0)
+        return [*values, self._heldout, _ratio(values[0], self._heldout)]
 
-    def reset(self) -> None:
-        """Forgets all images but the training and held-out ones."""
-        self.sums.reset()
+    def closest(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs of a sample and a training image that are most alike, over all ranks: all of them have to call it.
+
+        Returns:
+            The samples' numbers, int64 `[M]`, the positions of the training images, int64 `[M]`, and the distances,
+            float64 `[M]`, the smallest first, on the CPU.
+        """
+        samples, neighbours, distance = self._found()
+        order = distance.argsort(stable=True)[: self.pairs]
+        return samples[order], neighbours[order], distance[order]
+
+    def _found(self) -> tuple[Tensor, Tensor, Tensor]:
+        totals = {name: total.cpu() for name, total in self.sums.totals().items()}
+        samples = totals["neighbour"].nonzero()[:, 0]
+        return samples, totals["neighbour"][samples] - 1, totals["distance"][samples]
 
 
-def nearest_distance(images: Tensor, training: Tensor) -> Tensor:
+def nearest(images: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
     """The root mean square difference to the nearest training image.
 
     Exact: the squares of differences of integers are summed in float64. Training images pass by in chunks.
@@ -66,29 +93,38 @@ def nearest_distance(images: Tensor, training: Tensor) -> Tensor:
         training: uint8 `[N, C, H, W]`, on any device.
 
     Returns:
-        Distances per pixel value, on the scale where images lie in [−1, 1], float64 `[B]`.
+        Distances per pixel value, on the scale where images lie in [−1, 1], float64 `[B]`, and the positions of the
+        nearest training images, int64 `[B]`.
     """
     x = images.flatten(1).to(torch.float64)
     dim = x.shape[1]
     best = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
+    where = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    start = 0
     for chunk in training.split(max(_CHUNK // max(dim, len(x)), 1)):
         y = chunk.flatten(1).to(x)
-        best = torch.minimum(best, (y.square().sum(dim=1) - 2 * x @ y.T).amin(dim=1))
-    return ((best + x.square().sum(dim=1)) / dim).sqrt() / 127.5
+        distance, position = (y.square().sum(dim=1) - 2 * x @ y.T).min(dim=1)
+        nearer = distance < best
+        best, where = torch.where(nearer, distance, best), torch.where(nearer, position + start, where)
+        start += len(chunk)
+    return ((best + x.square().sum(dim=1)) / dim).sqrt() / 127.5, where
 
 
-def _mean(count: float, total: float, square: float) -> tuple[float, float | None, int]:
-    if count == 0:
-        return math.nan, None, 0
-    mean = total / count
-    variance = max(square / count - mean**2, 0.0)
-    return mean, math.sqrt(variance / (count - 1)) if count > 1 else None, int(count)
+def _mean(distance: Tensor, block: Tensor) -> tuple[float, Tensor]:
+    """The mean of all, and without one block each."""
+    if not len(distance):
+        return math.nan, distance
+    member = torch.nn.functional.one_hot(block, BLOCKS).to(distance.dtype)
+    count, sums = member.sum(dim=0), distance @ member
+    held = count > 0
+    return distance.mean().item(), (sums.sum() - sums[held]) / (len(distance) - count[held])
 
 
 def _ratio(images: Value, heldout: Value) -> Value:
     ratio = images.value / heldout.value if heldout.value else math.nan
-    stderr = None
+    stderr, blocks = None, None
     if images.stderr is not None and heldout.stderr is not None and images.value and heldout.value:
         stderr = ratio * math.hypot(images.stderr / images.value, heldout.stderr / heldout.value)
+        blocks = images.blocks and tuple(b / heldout.value for b in images.blocks)
     method = "nn_distance / nn_distance_heldout; near 0 where training images are copied"
-    return Value("nn_ratio", ratio, stderr, images.n, method)
+    return Value("nn_ratio", ratio, stderr, images.n, method, blocks=blocks)

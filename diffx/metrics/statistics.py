@@ -1,24 +1,15 @@
-"""Mean and covariance of the features of a set of images: computed once, kept in files, shared by concurrent jobs."""
+"""Mean and covariance of the features of a set of images, and the files they are kept in."""
 
-import hashlib
-import os
-import warnings
 import zipfile
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from rich.progress import track
 from torch import Tensor
 
-from diffx.metrics.accumulators import FeatureMoments, mean_and_covariance
-from diffx.metrics.extractors import Extractor, extract
+from diffx.metrics.extractors import Extractor
 from diffx.utils import DiffxError, atomic_path
-
-_FORMAT = "1"
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,10 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> "Statistics":
-        """Reads what `save` wrote, or a published `.npz` with `mu` and `sigma`.
+        """Reads what `save` wrote, or a published `.npz` with `mu` and `sigma`: ADM's, EDM's or clean-fid's.
+
+        What else such a file holds is left alone. ADM's `arr_0` are not the images behind `mu` and `sigma` but fewer,
+        so that their number stays unknown.
 
         Raises:
             DiffxError: if the file is absent, damaged, or holds something else.
@@ -70,7 +64,7 @@ class Statistics:
                 texts = {name: str(file[name]) for name in _TEXTS if name in file}
         except FileNotFoundError as error:
             raise DiffxError(f"there are no statistics at '{path}': compute them, or correct the path") from error
-        except KeyError as error:
+        except (KeyError, TypeError) as error:  # TypeError: an .npy file, one array without names
             raise DiffxError(f"'{path}' holds no statistics: an .npz with arrays mu and sigma is needed") from error
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DiffxError(f"the statistics at '{path}' are damaged ({error}): delete and recompute them") from error
@@ -100,114 +94,3 @@ class Statistics:
 
 
 _TEXTS = ("fingerprint", "extractor", "weights_hash", "preprocessing")
-
-
-def reference_statistics(
-    images: Iterable[Tensor], extractor: Extractor, fingerprint: str = "", progress: bool = False
-) -> Statistics:
-    """The statistics of images, in one pass, in float64.
-
-    Where `torch.distributed` runs, every rank has to call it with the same batches; each rank extracts the features of
-    its share of them, and all get the statistics of the whole.
-
-    Arguments:
-        images: batches uint8 `[B, C, H, W]`.
-        extractor: maps images to features; its device does the work.
-        fingerprint: what the images are, to be kept with the statistics.
-        progress: whether to show a progress bar.
-
-    Raises:
-        DiffxError: if there are fewer than two images.
-    """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    centre = torch.zeros(extractor.dim, dtype=torch.float64, device=extractor.device)
-    moments = None
-    for i, batch in enumerate(track(images, f"statistics ({extractor.name})", disable=not progress)):
-        features = extract(extractor, batch)[0] if i % ranks == rank else None
-        if moments is None:
-            # any constant near the mean will do; all ranks need the same
-            if features is not None:
-                centre = features.to(torch.float64).mean(dim=0)
-            if ranks > 1:
-                dist.broadcast(centre, src=0)
-            moments = FeatureMoments(centre, blocks=1).to(centre.device)
-        if features is not None:
-            moments.update(features, torch.zeros(len(features), dtype=torch.int64, device=features.device))
-    sums = moments.totals() if moments is not None else None
-    if sums is None or sums[0].item() < 2:
-        raise DiffxError("statistics need at least 2 images: give a larger reference set")
-    count, first, second = sums
-    mean, cov = mean_and_covariance(count[0], first[0], second[0], centre)
-    return Statistics(
-        mean.cpu(),
-        cov.cpu(),
-        int(sums[0].item()),
-        fingerprint,
-        extractor.name,
-        extractor.weights_hash,
-        extractor.preprocessing,
-    )
-
-
-def cached_statistics(
-    images: Callable[[], Iterable[Tensor]],
-    extractor: Extractor,
-    fingerprint: str,
-    cache_dir: str | Path | None = None,
-    progress: bool = False,
-) -> Statistics:
-    """The statistics of images from the cache, or computed and put there.
-
-    The key is made of the images' fingerprint, the extractor's name and weights, and its preprocessing. A damaged file
-    is computed anew; a cache that cannot be written costs a warning. Where `torch.distributed` runs, every rank has to
-    call it: they compute together unless all of them find the file.
-
-    Arguments:
-        images: called to get the batches, uint8 `[B, C, H, W]`, if they are needed.
-        extractor: maps images to features.
-        fingerprint: what the images are; two sets with one fingerprint are taken for the same.
-        cache_dir: the folder; `$XDG_CACHE_HOME/diffx/statistics` (or `~/.cache/…`) by default.
-        progress: whether to show a progress bar.
-
-    Raises:
-        ValueError: if the fingerprint is empty.
-        DiffxError: if there are fewer than two images.
-    """
-    if not fingerprint:
-        raise ValueError("only images with a fingerprint can be cached")
-    path = statistics_path(extractor, fingerprint, cache_dir)
-    statistics = _cached(path, fingerprint)
-    together = dist.is_initialized() and dist.get_world_size() > 1
-    if together:
-        found = torch.tensor(int(statistics is not None), device=extractor.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MIN)
-        statistics = statistics if found else None
-    if statistics is not None:
-        return statistics
-    statistics = reference_statistics(images(), extractor, fingerprint, progress)
-    if not together or dist.get_rank() == 0:
-        try:
-            statistics.save(path)
-        except DiffxError as error:
-            warnings.warn(f"reference statistics are not cached: {error}", stacklevel=2)
-    return statistics
-
-
-def statistics_path(extractor: Extractor, fingerprint: str, cache_dir: str | Path | None = None) -> Path:
-    """Where the cache keeps the statistics of these images under this extractor."""
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffx" / "statistics"
-    parts = (_FORMAT, fingerprint, extractor.name, extractor.weights_hash, extractor.preprocessing)
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    return Path(cache_dir) / f"{extractor.name}-{key}.npz"
-
-
-def _cached(path: Path, fingerprint: str) -> Statistics | None:
-    if not path.exists():
-        return None
-    try:
-        statistics = Statistics.load(path)
-    except DiffxError as error:
-        warnings.warn(f"computing reference statistics anew: {error}", stacklevel=3)
-        return None
-    return statistics if statistics.fingerprint == fingerprint else None

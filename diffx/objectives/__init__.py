@@ -2,5 +2,7 @@
 
 from diffx.objectives.base import Objective
 from diffx.objectives.denoising import Denoising
+from diffx.objectives.elbo import ELBO
+from diffx.objectives.hybrid import Hybrid
 
-__all__ = ["Denoising", "Objective"]
+__all__ = ["ELBO", "Denoising", "Hybrid", "Objective"]

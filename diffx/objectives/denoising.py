@@ -11,11 +11,14 @@ from diffx.weightings import Weighting
 
 
 class Denoising(Objective):
-    r"""E_{t, z} [w(t)·‖x̂(α·x + σ·z, t) − x‖²], the mean over a sample's dimensions.
+    r"""The weighted squared error of the denoised estimate.
 
-    Ho et al. (arXiv 2006.11239), Eq. 12; Karras et al. (arXiv 2206.00364), Eq. 8; Kingma et al. (arXiv 2107.00630),
-    Eq. 17. Computed in the network's space, as w·c_out²·‖F − F*‖² with the target F* that makes x̂ = x: nothing is
-    divided by an α next to 0, and no difference of nearly equal images is taken.
+    E_{t, z} [w(t)·‖x̂(α·x + σ·z, t) − x‖²], the mean over a sample's dimensions. Ho et al. (arXiv 2006.11239), Eq. 12;
+    Karras et al. (arXiv 2206.00364), Eq. 8; Kingma et al. (arXiv 2107.00630), Eq. 17. Computed in the network's space,
+    as w·c_out²·‖F − F*‖² with the target F* that makes x̂ = x: nothing is divided by an α next to 0, and no difference
+    of nearly equal images is taken. Use it when samples shall look good, which is nearly always.
+
+    A learned weighting adds its penalty, and a time sampler that adapts is told the weighted errors in training mode.
 
     Arguments:
         time_sampler: density of the training times.
@@ -36,5 +39,8 @@ class Denoising(Objective):
         # F* = (x − c_skip·x_t)/c_out with x_t written out, so that the cancellation is one of numbers, not of images
         target = expand_as((1 - c_skip * alpha) / c_out, x) * x - expand_as(c_skip * sigma / c_out, x) * z
         error = (output - target).square().flatten(1).mean(1)
-        weight = self.weighting(denoiser, t) * c_out**2 * correction
-        return {"loss": weight * error, "logsnr": logsnr(alpha, sigma).detach()}
+        weighted = self.weighting(denoiser, t) * c_out**2 * error
+        if self.training:
+            self.time_sampler.update(t, weighted.detach())
+        loss = (weighted + self.weighting.penalty(denoiser, t)) * correction
+        return {"loss": loss, "logsnr": logsnr(alpha, sigma).detach()}

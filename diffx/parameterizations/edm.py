@@ -7,10 +7,10 @@ from diffx.parameterizations.base import Parameterization
 
 
 class EDM(Parameterization):
-    r"""Input and target of unit variance, error amplified as little as possible.
+    r"""EDM's preconditioning: input and target of unit variance, errors amplified as little as possible.
 
     With r² = α²·σ_d² + σ²: c_in = 1/r, c_skip = α·σ_d²/r², c_out = σ·σ_d/r. Karras et al. (arXiv 2206.00364), Table 1
-    and App. B.6, where α = 1.
+    and App. B.6, where α = 1. Use it when noise levels span many orders of magnitude, as on schedule=edm.
 
     Arguments:
         sigma_data: σ_d, the standard deviation of the data, > 0.

@@ -7,10 +7,11 @@ from diffx.parameterizations.base import Parameterization
 
 
 class Eps(Parameterization):
-    r"""F predicts the noise z: x̂ = (x_t − σ·F)/α.
+    r"""The network predicts the noise.
 
-    Ho et al., *Denoising Diffusion Probabilistic Models* (arXiv 2006.11239), Eq. 14. c_in = 1/√(α² + σ²) is 1 for a
-    variance-preserving schedule and keeps the input of a variance-exploding one in range. Undefined where α = 0.
+    F = z: x̂ = (x_t − σ·F)/α. Ho et al., *Denoising Diffusion Probabilistic Models* (arXiv 2006.11239), Eq. 14. c_in =
+    1/√(α² + σ²) is 1 for a variance-preserving schedule and keeps the input of a variance-exploding one in range.
+    Undefined where α = 0. Use it when results are compared with DDPM, with many steps and thresholded samples.
     """
 
     def __call__(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,13 +4,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.schedules import NoiseLevel
+from diffx.samplers.phi import exp
+from diffx.schedules import LOGSNR_MAX, NoiseLevel
 
 Noise = Callable[..., Tensor]
 """`noise(step, draw=0)` gives standard normal numbers of the shape of x_t; within a step, `noise(draw=0)`."""
@@ -23,13 +24,16 @@ class Sampler(ABC):
     levels only; guidance, conditions and parameterizations are the denoiser's business.
 
     Attributes:
-        order: the order of convergence in the largest step; strong order on the probability-flow ODE for deterministic
-            samplers, weak order for stochastic ones.
-        evaluations: denoiser calls per step; a last step to the clean end takes one.
+        order: the order of convergence in the largest step, its own start included; strong order on the
+            probability-flow ODE for deterministic samplers, weak order for stochastic ones.
+        evaluations: denoiser calls per step; a last step to the clean end takes one. None where a sampler finds its
+            steps itself: `Counted` then counts the calls.
+        warm_up: denoiser calls of each of the first steps, where they differ.
     """
 
-    order: ClassVar[int]
-    evaluations: ClassVar[int] = 1
+    order: int
+    evaluations: int | None = 1
+    warm_up: ClassVar[tuple[int, ...]] = ()
 
     def init(self, denoiser: Denoiser, levels: list[NoiseLevel]) -> Any:
         """The state before the first step; none unless a sampler keeps one.
@@ -95,9 +99,15 @@ class Sampler(ABC):
             pass
         return x
 
-    def nfe(self, steps: int) -> int:
-        """Denoiser calls for a grid of `steps` steps that ends clean (guidance may double the network's)."""
-        return (steps - 1) * self.evaluations + 1
+    def nfe(self, steps: int) -> int | None:
+        """Denoiser calls for a grid of `steps` steps that ends clean (guidance may double the network's).
+
+        None where it is known afterwards only, by `Counted`.
+        """
+        if self.evaluations is None:
+            return None
+        first = self.warm_up[: steps - 1]
+        return sum(first) + (steps - 1 - len(first)) * self.evaluations + 1
 
 
 def sqrt(value: float | Tensor) -> Any:
@@ -110,6 +120,60 @@ def where(condition: bool | Tensor, value: Any, otherwise: Any) -> Any:
     if isinstance(condition, Tensor):
         return torch.where(condition, value, otherwise)
     return value if condition else otherwise
+
+
+def is_pure_noise(t: NoiseLevel) -> Any:
+    """Whether α is 0 there, or next to it: x_t/α and σ/α say nothing then."""
+    return t.logsnr <= -LOGSNR_MAX
+
+
+def rho(t: NoiseLevel) -> Any:
+    """σ/α, bounded as logSNR is."""
+    return exp(-t.logsnr / 2)
+
+
+class Ancestral(NamedTuple):
+    """A step down to a smaller noise level than that of s, from which noise leads up to it.
+
+    Arguments:
+        ratio: what a first-order step multiplies x_t by; x̂ has α_s − ratio·α_t.
+        variance: of the noise added.
+        logsnr: where the step ends before noise is added, within ±`LOGSNR_MAX`.
+    """
+
+    ratio: Any
+    variance: Any
+    logsnr: Any
+
+
+def ancestral(t: NoiseLevel, s: NoiseLevel, eta: float) -> Ancestral:
+    """A step of which η²·σ̃² is noise, σ̃² = σ²_{t|s}·σ_s²/σ_t² (arXiv 2010.02502, Eq. 16)."""
+    if eta == 0:
+        return Ancestral(s.sigma / t.sigma, 0.0, s.logsnr)
+    variance = eta**2 * forward_variance(t, s) * (s.sigma / t.sigma) ** 2
+    # σ of the level stepped down to, at the α of s; at η = 1 the difference loses no digits
+    kept = s.sigma**2 * (1 - eta**2) + (eta * s.sigma**2 / t.sigma * t.alpha / s.alpha) ** 2
+    down = sqrt(kept)
+    return Ancestral(down / t.sigma, variance, 2 * log_ratio(s.alpha, down))
+
+
+def diffusion(t: NoiseLevel, s: NoiseLevel, eta: float) -> tuple[Any, Any]:
+    """The SDE with (1 + η²)/2·g² of drift: what multiplies x_t where x̂ stays, and the variance of the noise.
+
+    σ_s/σ_t·e^{−ηh} and σ_s²·(1 − e^{−2ηh}), with e^{−h} = ρ_s/ρ_t; x̂ has α_s − ratio·α_t.
+    """
+    if eta == 0:
+        return s.sigma / t.sigma, 0.0
+    kept = (s.sigma * t.alpha / (s.alpha * t.sigma)) ** eta
+    return s.sigma / t.sigma * kept, s.sigma**2 * (1 - kept**2)
+
+
+def log_ratio(alpha: Any, sigma: Any) -> Any:
+    """log(α/σ) of numbers or tensors, bounded as logSNR is."""
+    bound = LOGSNR_MAX / 2
+    if isinstance(sigma, Tensor):
+        return (alpha.log() - sigma.log()).clamp(-bound, bound)
+    return min(max(math.log(alpha / sigma), -bound), bound) if sigma > 0 else bound
 
 
 def forward_variance(t: NoiseLevel, s: NoiseLevel) -> Any:

@@ -5,16 +5,18 @@ from collections.abc import Callable
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler, forward_variance, sqrt
+from diffx.samplers.base import Sampler, ancestral, sqrt
 from diffx.schedules import NoiseLevel
 
 
 class DDIM(Sampler):
-    r"""x_s = α_s·x̂ + √(σ_s² − η²·σ̃²)·ẑ + η·σ̃·z, with ẑ = (x_t − α_t·x̂)/σ_t and σ̃² the posterior variance.
+    r"""Denoising diffusion implicit models: the first-order solver, with as much ancestral noise as wanted.
 
-    Song et al., *Denoising Diffusion Implicit Models* (arXiv 2010.02502), Eqs. 12 and 16, for any α and σ. η = 0 is
-    deterministic, the first-order exponential integrator of the probability-flow ODE; on the flow schedule it is
-    Euler's method. η = 1 is ancestral sampling with the smaller variance.
+    x_s = α_s·x̂ + √(σ_s² − η²·σ̃²)·ẑ + η·σ̃·z, with ẑ = (x_t − α_t·x̂)/σ_t and σ̃² the posterior variance. Song et al.,
+    *Denoising Diffusion Implicit Models* (arXiv 2010.02502), Eqs. 12 and 16, for any α and σ. η = 0 is deterministic,
+    the first-order exponential integrator of the probability-flow ODE: Euler's method in y = x/α and ρ = σ/α, and on
+    the flow schedule in its own time too. η = 1 is ancestral sampling with the smaller variance, k-diffusion's
+    `euler_ancestral`. Use it when samples shall be an invertible function of their noise (η = 0), or as the baseline.
 
     Arguments:
         eta: η ∈ [0, 1].
@@ -37,9 +39,8 @@ class DDIM(Sampler):
         **cond: Tensor,
     ) -> tuple[Tensor, None]:
         x_hat = denoiser(x_t, t.t, **cond)
-        added = self.eta**2 * forward_variance(t, s) * (s.sigma / t.sigma) ** 2
-        ratio = sqrt(s.sigma**2 - added) / t.sigma
+        ratio, variance, _ = ancestral(t, s, self.eta)
         x_s = ratio * x_t + (s.alpha - ratio * t.alpha) * x_hat
         if self.eta > 0:
-            x_s = x_s + sqrt(added) * noise()
+            x_s = x_s + sqrt(variance) * noise()
         return x_s, None

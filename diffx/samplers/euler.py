@@ -11,10 +11,13 @@ from diffx.schedules import NoiseLevel
 
 
 class Euler(Sampler):
-    r"""x_s = x_t + (s − t)·dx/dt, with dx/dt = α̇·x̂ + σ̇·(x_t − α·x̂)/σ, in the schedule's own time.
+    r"""Euler's method on the probability-flow ODE, in the schedule's own time.
 
-    Song et al. (arXiv 2011.13456), Eq. 13; Karras et al. (arXiv 2206.00364), Eq. 4. On the EDM and flow schedules it
-    equals DDIM with η = 0. A step to the clean end is x̂ itself.
+    x_s = x_t + (s − t)·dx/dt, with dx/dt = α̇·x̂ + σ̇·(x_t − α·x̂)/σ. Song et al. (arXiv 2011.13456), Eq. 13; Karras et al.
+    (arXiv 2206.00364), Eq. 4. On the EDM and flow schedules it equals DDIM with η = 0, which is Euler's method in x/α
+    and σ/α on every schedule; elsewhere it pays for the curvature of α(t) and σ(t) as well, heavily where σ grows
+    geometrically (`ve`). A step to the clean end is x̂ itself. Use it when a flow-matching model is sampled, or when the
+    effect of a schedule's own time is the question.
     """
 
     order = 1

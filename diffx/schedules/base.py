@@ -35,8 +35,8 @@ class NoiseLevel(NamedTuple):
         alpha: signal coefficient α(t).
         sigma: noise coefficient σ(t).
         logsnr: log(α²/σ²), within ±`LOGSNR_MAX`.
-        d_alpha: dα/dt.
-        d_sigma: dσ/dt; not finite at t = 0 for some schedules.
+        d_alpha: dα/dt; not finite at t = 0 for some schedules.
+        d_sigma: dσ/dt; likewise.
     """
 
     t: Tensor
@@ -69,6 +69,10 @@ class Schedule(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where times are evaluated: the device of the parameters and tables, the CPU if there are none."""
         return next(chain(self.parameters(), self.buffers(), [torch.empty(0)])).device
+
+    def interior(self) -> list[nn.Parameter]:
+        """The parameters that move the levels between the ends and leave the ends alone; none unless learned."""
+        return []
 
     def logsnr(self, t: Tensor) -> Tensor:
         """log(α²/σ²) at times t, shape of t, bounded by ±`LOGSNR_MAX`."""

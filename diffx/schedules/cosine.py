@@ -9,11 +9,13 @@ from diffx.schedules.base import Schedule
 
 
 class Cosine(Schedule):
-    r"""Variance preserving with ᾱ(t) = cos²(π/2·(t + s)/(1 + s)) / cos²(π/2·s/(1 + s)).
+    r"""The cosine schedule: variance preserving, with the signal falling like a squared cosine.
 
-    Nichol and Dhariwal, *Improved Denoising Diffusion Probabilistic Models* (arXiv 2102.09672), Eq. 17. Its ᾱ(1) = 0 is
-    raised to `alpha_bar_min`, ᾱ ← ᾱ_min + (1 − ᾱ_min)·ᾱ, which moves no other value by more than that: the paper clips
-    β at 0.999 for the same reason, so that ε-prediction stays defined.
+    ᾱ(t) = cos²(π/2·(t + s)/(1 + s)) / cos²(π/2·s/(1 + s)). Nichol and Dhariwal, *Improved Denoising Diffusion
+    Probabilistic Models* (arXiv 2102.09672), Eq. 17. Its ᾱ(1) = 0 is raised to `alpha_bar_min`,
+    ᾱ ← ᾱ_min + (1 − ᾱ_min)·ᾱ, which moves no other value by more than that: the paper clips β at 0.999 for the same
+    reason, so that ε-prediction stays defined. Use it when images are small, up to about 64 pixels, and nothing
+    speaks for another.
 
     Arguments:
         s: offset that keeps the noise near t = 0 from vanishing, > 0.

@@ -7,10 +7,11 @@ from diffx.schedules.base import Schedule
 
 
 class Linear(Schedule):
-    r"""Variance preserving with β linear in t: ᾱ(t) = exp(−β_min·t − (β_max − β_min)·t²/2), α = √ᾱ, σ = √(1 − ᾱ).
+    r"""The linear schedule: variance preserving, with a rate β of noising linear in t.
 
-    The continuous form of DDPM's schedule (Ho et al., arXiv 2006.11239; Song et al., *Score-Based Generative Modeling
-    through SDEs*, arXiv 2011.13456, Eq. 33). The 1000-step table itself is `Tabulated.ddpm`.
+    ᾱ(t) = exp(−β_min·t − (β_max − β_min)·t²/2), α = √ᾱ, σ = √(1 − ᾱ). The continuous form of DDPM's schedule (Ho et
+    al., arXiv 2006.11239; Song et al., *Score-Based Generative Modeling through SDEs*, arXiv 2011.13456, Eq. 33). Use
+    it when results are compared with DDPM or the VP SDE; the 1000-step table itself is schedule=ddpm.
 
     Arguments:
         beta_min: β at t = 0, ≥ 0.

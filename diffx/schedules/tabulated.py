@@ -11,25 +11,41 @@ from diffx.utils import DiffxError
 
 
 class Tabulated(Schedule):
-    r"""Variance preserving through a table: at t = i/T exactly ᾱ_i = ∏_{j ≤ i} (1 − β_j), with ᾱ_0 = 1.
+    r"""A schedule through a table of discrete steps, variance preserving.
 
-    Between the steps log ᾱ is a monotone cubic (Fritsch and Butland, *A Method for Constructing Local Monotone
-    Piecewise Cubic Interpolants*, 1984), whose continuous slope lets solvers of the probability-flow ODE keep their
-    order.
+    At t = i/T exactly ᾱ_i = ∏_{j ≤ i} (1 − β_j), with ᾱ_0 = 1 (Ho et al., arXiv 2006.11239, Eq. 4). Between the steps
+    log ᾱ is a monotone cubic (Fritsch and Butland, *A Method for Constructing Local Monotone Piecewise Cubic
+    Interpolants*, 1984), whose continuous slope lets solvers of the probability-flow ODE keep their order. Use it when
+    a published model comes with a table of its own.
 
     Arguments:
-        betas: β_1 … β_T, each in (0, 1).
+        betas: β_1 … β_T, each in (0, 1); or give
+        alphas_cumprod: ᾱ_1 … ᾱ_T, decreasing, each in (0, 1).
 
     Raises:
-        DiffxError: if a β lies outside (0, 1).
+        DiffxError: if not exactly one of them is given, or a value lies outside its range.
     """
 
-    def __init__(self, betas: Sequence[float] | Tensor) -> None:
+    def __init__(
+        self, betas: Sequence[float] | Tensor | None = None, alphas_cumprod: Sequence[float] | Tensor | None = None
+    ) -> None:
         super().__init__()
-        table = torch.as_tensor(betas, dtype=torch.float64)
-        if table.ndim != 1 or len(table) == 0 or not ((table > 0) & (table < 1)).all():
-            raise DiffxError("schedule.betas must be a list of numbers between 0 and 1, both excluded")
-        log_alpha_bar = torch.cat([table.new_zeros(1), torch.log1p(-table).cumsum(0)])
+        if (betas is None) == (alphas_cumprod is None):
+            raise DiffxError("a table is given by schedule.betas or by schedule.alphas_cumprod; give one and not both")
+        if betas is not None:
+            table = _numbers(betas, "betas")
+            if not ((table > 0) & (table < 1)).all():
+                raise DiffxError("schedule.betas must be a list of numbers between 0 and 1, both excluded")
+            log_alpha_bar = torch.log1p(-table).cumsum(0)
+        else:
+            table = _numbers(alphas_cumprod, "alphas_cumprod")
+            if not ((table > 0) & (table < 1)).all() or (table.diff() >= 0).any():
+                raise DiffxError(
+                    "schedule.alphas_cumprod must be a decreasing list of numbers between 0 and 1, both excluded; "
+                    "for an end at 0 wrap it with schedule=zero_snr"
+                )
+            log_alpha_bar = table.log()
+        log_alpha_bar = torch.cat([log_alpha_bar.new_zeros(1), log_alpha_bar])
         steps = len(table)
         # a single step has no neighbours to take a slope from
         slope = (
@@ -64,3 +80,10 @@ class Tabulated(Schedule):
         log_alpha_bar = self.log_alpha_bar[i] + u * (at + u * (3 * rise - 2 * at - ahead + u * (at + ahead - 2 * rise)))
         log_alpha_bar = log_alpha_bar.to(t.dtype)
         return torch.exp(log_alpha_bar / 2), torch.sqrt(-torch.expm1(log_alpha_bar))
+
+
+def _numbers(values: Sequence[float] | Tensor | None, name: str) -> Tensor:
+    table = torch.as_tensor(values, dtype=torch.float64)
+    if table.ndim != 1 or len(table) == 0:
+        raise DiffxError(f"schedule.{name} must be a list of numbers between 0 and 1, both excluded")
+    return table

@@ -9,10 +9,11 @@ from diffx.schedules.base import Schedule
 
 
 class EDM(Schedule):
-    r"""α(t) = 1, σ(t) = σ_max·t.
+    r"""EDM's schedule: noise of growing σ is added to data that stay as they are.
 
-    Karras et al. (arXiv 2206.00364), Table 1: σ(t) = t up to the unit of time. Its time is meant to be sampled through
-    σ, with the log-normal density and Karras's discretization.
+    α(t) = 1, σ(t) = σ_max·t. Karras et al., *Elucidating the Design Space of Diffusion-Based Generative Models* (arXiv
+    2206.00364), Table 1: σ(t) = t up to the unit of time. Use it when times are drawn through σ, with
+    time_sampler=lognormal, parameterization=edm and discretization=karras.
 
     Arguments:
         sigma_max: σ at t = 1, > 0, in units of the data's standard deviation (data in [−1, 1]: about 0.5).
@@ -30,10 +31,11 @@ class EDM(Schedule):
 
 
 class VarianceExploding(Schedule):
-    r"""α(t) = 1, σ(t)² = σ_min²·((σ_max/σ_min)^{2t} − 1).
+    r"""The VE SDE: noise whose σ grows geometrically.
 
-    The VE SDE's transition kernel, Song et al. (arXiv 2011.13456), Eq. 29 with the σ(t) of Eq. 31: geometric in t but
-    for the start, where it reaches σ(0) = 0.
+    α(t) = 1, σ(t)² = σ_min²·((σ_max/σ_min)^{2t} − 1), the transition kernel of Song et al. (arXiv 2011.13456), Eq. 29
+    with the σ(t) of Eq. 31: geometric in t but for the start, where it reaches σ(0) = 0. Use it when results are
+    compared with NCSN or the VE SDE.
 
     Arguments:
         sigma_min: the smallest scale of noise, > 0.

@@ -9,9 +9,12 @@ from diffx.utils import Keys
 
 
 class LogNormal(TimeSampler):
-    r"""log(σ/α) ~ N(P_mean, P_std²), on any schedule; levels beyond its range go to its end.
+    r"""Noise levels log-normal in σ/α, on any schedule; levels beyond its range go to its end.
 
-    Karras et al. (arXiv 2206.00364), Table 1 and Sec. 5.
+    log(σ/α) ~ N(P_mean, P_std²). Karras et al. (arXiv 2206.00364), Table 1 and Sec. 5. On the flow schedule it equals
+    `LogitNormal`.
+
+    Use it when training shall go where images are decided, with EDM's weighting and preconditioning.
 
     Arguments:
         P_mean: mean of log(σ/α).

@@ -1,7 +1,8 @@
 """What happens beside training: the progress bar and the evaluation of the EMA."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from diffx.pictures import save_grid
 from diffx.training.log import TrainingLog
 from diffx.training.loggers import log_image
 from diffx.training.module import DiffusionModule
+from diffx.training.weights import BestWeights
+from diffx.utils import DiffxError, nearest
 
 
 class ProgressBar(L.Callback):
@@ -99,6 +102,21 @@ class ProgressBar(L.Callback):
             self._bar = None
 
 
+@dataclass(frozen=True)
+class Point:
+    """One way to sample the model while it trains.
+
+    Arguments:
+        name: what its values are logged under, `eval/<name>/<metric>`; empty for the settings of the run.
+        weights: which EMA, as `ema` or `ema_0.99`.
+        generator: makes a generator of a denoiser.
+    """
+
+    name: str
+    weights: str
+    generator: Callable[[Denoiser], Generator]
+
+
 class EvaluateEMA(L.Callback):
     """Every n steps: a sample grid and the metrics of the EMA, with the same initial noise each time.
 
@@ -106,31 +124,34 @@ class EvaluateEMA(L.Callback):
 
     Arguments:
         every_n_steps: steps between evaluations; 0 for never.
-        generator: makes a generator of a denoiser.
+        points: how to sample; the first one makes the grid, and decides which weights are the best.
         evaluator: measures.
-        total: samples per evaluation; 0 for pictures only.
+        total: samples per evaluation and point; 0 for pictures only.
         directory: where the grids go.
         per_class: samples of each class in the grid.
         console: where to print.
+        best: keeps the best weights; None for not.
     """
 
     def __init__(
         self,
         every_n_steps: int,
-        generator: Callable[[Denoiser], Generator],
+        points: Sequence[Point],
         evaluator: Evaluator,
         total: int,
         directory: Path,
         per_class: int,
         console: Console,
+        best: BestWeights | None = None,
     ) -> None:
         self.every_n_steps = every_n_steps
-        self.generator = generator
+        self.points = points
         self.evaluator = evaluator
         self.total = total
         self.directory = Path(directory)
         self.per_class = per_class
         self.console = console
+        self.best = best
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -142,25 +163,47 @@ class EvaluateEMA(L.Callback):
             assert isinstance(pl_module, DiffusionModule)
             self.evaluate(trainer, pl_module)
 
-    def evaluate(self, trainer: L.Trainer, module: DiffusionModule) -> dict[str, Value]:
-        """Evaluates now; all ranks call it."""
-        started = time.perf_counter()
-        generator = self.generator(module.ema.denoiser)
-        step = trainer.global_step
+    def evaluate(self, trainer: L.Trainer, module: DiffusionModule) -> None:
+        """Evaluates now; all ranks call it.
+
+        Raises:
+            DiffxError: if the metric that decides on the best weights is not among those measured.
+        """
+        started, step = time.perf_counter(), trainer.global_step
+        averages, row, lines = module.ema.named(), {}, []
         if trainer.is_global_zero:
             path = self.directory / f"step={step:08d}.png"
-            save_grid(generator, path, self.per_class, module.device)
+            save_grid(self.points[0].generator(averages[self.points[0].weights]), path, self.per_class, module.device)
             log_image(trainer.loggers, "samples", path, step)
-        if not self.total:
-            return {}
-        # the caller's no_grad and precision do not reach samples: they are made as diffx evaluate makes them
-        with torch.autocast(module.device.type, enabled=False):
-            values = self.evaluator(generator, self.total, module.device, trainer.global_rank, trainer.world_size)
-        row = {f"eval/{name}": value.value for name, value in values.items()}
+        for point in self.points if self.total else ():
+            # the caller's no_grad and precision do not reach samples: they are made as diffx evaluate makes them
+            with torch.autocast(module.device.type, enabled=False):
+                values = self.evaluator(
+                    point.generator(averages[point.weights]),
+                    self.total,
+                    module.device,
+                    trainer.global_rank,
+                    trainer.world_size,
+                ).values
+            under = f"eval/{point.name}/" if point.name else "eval/"
+            row |= {f"{under}{name}": value.value for name, value in values.items()}
+            lines.append("  ".join([point.name or "EMA", *(str(value) for value in values.values())]))
+            if point is self.points[0] and self.best is not None:
+                self._keep_best(values, averages[point.weights], step, trainer.is_global_zero)
+        if not row:
+            return
         row["eval/seconds"] = time.perf_counter() - started
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
-        if trainer.is_global_zero:
-            text = "  ".join(str(value) for value in values.values())
-            self.console.print(f"step {step}: EMA, {self.total} samples: {text}", highlight=False)
-        return values
+        for line in lines:
+            self.console.print(f"step {step}, {self.total} samples: {line}", highlight=False)
+
+    def _keep_best(self, values: dict[str, Value], denoiser: torch.nn.Module, step: int, writes: bool) -> None:
+        assert self.best is not None
+        if self.best.monitor not in values:
+            raise DiffxError(
+                f"checkpoint.monitor={self.best.monitor} is not measured{nearest(self.best.monitor, values)}; "
+                f"choose one of {', '.join(values)}"
+            )
+        if writes:
+            self.best.offer(values[self.best.monitor].value, denoiser, step)

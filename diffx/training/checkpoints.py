@@ -1,7 +1,6 @@
 """Checkpoints that are whole or absent, and stopping that loses nothing."""
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from diffx.utils import DiffxError, atomic_path
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+from diffx.utils.signals import StopSignal
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -51,7 +49,7 @@ class Checkpoints(L.Callback):
         self.keep_last = keep_last
         self.identity = identity
         self.signal: int | None = None
-        self._restore: list[Callable[[], Any]] = []
+        self._asked = StopSignal()
         self._saved_at = -1
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,24 +74,17 @@ class Checkpoints(L.Callback):
         if trainer.is_global_zero:
             for file in self.directory.glob(".step=*.tmp.ckpt"):  # left by a process killed while it saved
                 file.unlink(missing_ok=True)
-        for number in SIGNALS:
-            previous = signal.signal(number, self._on_signal)
-            self._restore.append(lambda number=number, previous=previous: signal.signal(number, previous))
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: the user does not want to wait
-        self.signal = number
+        self._asked.__enter__()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves where it is time, or where any rank has been asked to stop."""
         stepped = not trainer.fit_loop._should_accumulate()
-        stop = stepped and self._any_rank(trainer, self.signal is not None)
+        stop = stepped and self._any_rank(trainer, bool(self._asked))
         due = stepped and trainer.global_step % self.every_n_steps == 0
         if stop:
-            self.signal = self.signal or signal.SIGTERM
+            self.signal = self._asked.number or signal.SIGTERM
             trainer.should_stop = True
         if stop or due:
             self.save(trainer)
@@ -101,11 +92,11 @@ class Checkpoints(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the end and gives the signals back."""
         self.save(trainer)
-        self._give_back()
+        self._asked.__exit__()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Gives the signals back."""
-        self._give_back()
+        self._asked.__exit__()
 
     def save(self, trainer: L.Trainer) -> None:
         """Writes the checkpoint of this step, once, and removes the oldest beyond `keep_last`; all ranks call it.
@@ -130,7 +121,3 @@ class Checkpoints(L.Callback):
         if trainer.world_size == 1:
             return flag
         return trainer.strategy.reduce_boolean_decision(flag, all=False)
-
-    def _give_back(self) -> None:
-        while self._restore:
-            self._restore.pop()()

@@ -10,18 +10,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
-from safetensors.torch import load_file, save_file
 
-from diffx.denoisers import Denoiser
 from diffx.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from diffx.training.loggers import CSVLogger
 from diffx.training.module import DiffusionModule
-from diffx.utils import DiffxError, atomic_path
+from diffx.training.processes import started_by
+from diffx.utils import DiffxError
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,8 @@ def fit(
         DiffxError: if the checkpoint is of another experiment, or cannot be written.
     """
     _quieten()
-    plugins: list[Any] = [AtomicCheckpointIO(), *_processes()]
+    environment = started_by()
+    plugins: list[Any] = [AtomicCheckpointIO(), *([environment] if environment else [])]
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -109,46 +105,6 @@ def fit(
     return Outcome(trainer.global_step, checkpoints.signal if trainer.global_step < max_steps else None, trainer)
 
 
-def export_weights(denoiser: Denoiser, path: Path, step: int) -> None:
-    """Writes the weights for inference as safetensors.
-
-    Arguments:
-        denoiser: the EMA's denoiser.
-        path: the file.
-        step: the training step, kept as metadata.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step)})
-
-
-def load_weights(denoiser: Denoiser, weights: Path, checkpoint: Path | None) -> None:
-    """Loads the EMA's weights from the exported file, or from a checkpoint of a run that has not finished.
-
-    Raises:
-        DiffxError: if neither can be read, or they are of another network.
-    """
-    try:
-        if weights.is_file():
-            state = load_file(weights)
-        elif checkpoint is not None:
-            whole = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-            prefix = "ema.denoiser."
-            state = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
-        else:
-            raise DiffxError(
-                f"there are no weights in '{weights.parent.parent}': the run has no checkpoint yet; train it first"
-            )
-        denoiser.load_state_dict(state)
-    except DiffxError:
-        raise
-    except Exception as error:  # safetensors, zip and key errors share no base class
-        raise DiffxError(
-            f"the weights in '{weights.parent.parent}' cannot be loaded ({str(error).splitlines()[0]}); train the run "
-            "again, or give the run of which they are"
-        ) from error
-
-
 def _peek(checkpoint: Path) -> int:
     """The step of a checkpoint."""
     try:
@@ -158,18 +114,6 @@ def _peek(checkpoint: Path) -> int:
             f"the checkpoint '{checkpoint}' is damaged ({str(error).splitlines()[0]}); delete it to resume from the "
             "one before"
         ) from error
-
-
-def _processes() -> list[ClusterEnvironment]:
-    """Who has started the processes, where Lightning would guess wrong."""
-    if TorchElasticEnvironment.detect():
-        return [TorchElasticEnvironment()]
-    if "LOCAL_RANK" in os.environ:  # diffx itself, perhaps inside a SLURM job
-        return [LightningEnvironment()]
-    if SLURMEnvironment.detect():
-        # its own handler saves inside the handler, and registers only where nobody else has
-        return [SLURMEnvironment(auto_requeue=False)]
-    return []
 
 
 def _quieten() -> None:

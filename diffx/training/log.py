@@ -28,6 +28,7 @@ class TrainingLog(L.Callback):
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
         self.sums = torch.zeros(len(LOGSNR_EDGES) + 1, 2)
+        self.terms: dict[str, Tensor] = {}
         self.latest: dict[str, float] = {}
         self._edges = torch.tensor(LOGSNR_EDGES)
         self._clock = (0.0, 0)
@@ -35,15 +36,21 @@ class TrainingLog(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the open window of all ranks, so that a resumed run logs what the uninterrupted one logs."""
         checkpoint["training_log"] = _over_ranks(trainer, self.sums.clone()).cpu()
+        checkpoint["training_log_terms"] = {
+            name: _over_ranks(trainer, value.clone()).cpu() for name, value in self.terms.items()
+        }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restores the open window, on one rank: they will be added up again."""
         self.sums = checkpoint["training_log"] * trainer.is_global_zero
+        saved = checkpoint["training_log_terms"]
+        self.terms = {name: value * trainer.is_global_zero for name, value in saved.items()}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Moves the sums to the device and starts the clock."""
         device = pl_module.device
         self.sums, self._edges = self.sums.to(device), self._edges.to(device)
+        self.terms = {name: value.to(device) for name, value in self.terms.items()}
         self._clock = (time.perf_counter(), trainer.global_step)
 
     def on_train_batch_end(
@@ -57,6 +64,9 @@ class TrainingLog(L.Callback):
         losses = outputs["losses"]
         terms = torch.stack([losses, torch.ones_like(losses)], dim=1).to(self.sums.dtype)
         self.sums.index_add_(0, torch.bucketize(outputs["logsnr"], self._edges), terms)
+        for name, value in outputs["terms"].items():
+            # a sum of its own: the first one of a window is not the next batch's memory
+            self.terms[name] = self.terms.get(name, 0) + value.sum()
         if trainer.global_step % self.every_n_steps == 0 and not trainer.fit_loop._should_accumulate():
             assert isinstance(pl_module, DiffusionModule)
             self._write(trainer, pl_module)
@@ -71,12 +81,14 @@ class TrainingLog(L.Callback):
             "images": step * module.batch_size,
             "images_per_second": steps * module.batch_size / elapsed if elapsed > 0 else math.nan,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            **{f"loss/{name}": (_over_ranks(trainer, value) / count).item() for name, value in self.terms.items()},
             **by_noise_level(sums.tolist()),
         }
         if module.grad_norm is not None:
             self.latest["grad_norm"] = module.grad_norm.item()
         self._clock = (now, step)
         self.sums.zero_()
+        self.terms = {}
         for logger in trainer.loggers:
             logger.log_metrics(self.latest, step=step)
         if not math.isfinite(self.latest["loss"]):

@@ -57,7 +57,7 @@ class DiffusionModule(L.LightningModule):
         self.batch_size = batch_size
         self.grad_norm: Tensor | None = None
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """The loss of a micro-batch.
 
         Arguments:
@@ -65,14 +65,16 @@ class DiffusionModule(L.LightningModule):
             batch_idx: unused: nothing depends on how samples are batched.
 
         Returns:
-            `loss` `[]`, and per sample `losses` `[B]` and `logsnr` `[B]` for the log.
+            `loss` `[]`, and for the log, per sample, `losses` `[B]`, `logsnr` `[B]` and the objective's further
+            `terms`.
         """
         keys = Keys(self.seed, batch["index"], total=self.batch_size)
         with torch.no_grad():
             x = self.autoencoder.encode(batch)
         terms = self.objective(self.denoiser, x, keys, **self.conditioner(batch, keys))
         losses = terms["loss"]
-        return {"loss": losses.mean(), "losses": losses.detach(), "logsnr": terms["logsnr"]}
+        further = {name: value.detach() for name, value in terms.items() if name not in ("loss", "logsnr")}
+        return {"loss": losses.mean(), "losses": losses.detach(), "logsnr": terms["logsnr"], "terms": further}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and the learning rate schedule per step."""

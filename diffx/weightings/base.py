@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from diffx.denoisers import Preconditioned
@@ -21,3 +22,15 @@ class Weighting(nn.Module, ABC):
         Returns:
             w, shape `[B]`.
         """
+
+    def penalty(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
+        """What is added to the weighted error; 0 unless a weighting is learned, and must be kept from vanishing.
+
+        Arguments:
+            denoiser: the model in training.
+            t: times in (0, 1], shape `[B]`.
+
+        Returns:
+            The penalty per sample, shape `[B]`.
+        """
+        return torch.zeros_like(t)

@@ -8,9 +8,11 @@ from diffx.weightings.base import Weighting
 
 
 class SNR(Weighting):
-    r"""w = SNR = α²/σ²: the squared error of the noise estimate, whatever the network predicts.
+    r"""The squared error of the noise estimate, whatever the network predicts.
 
-    Ho et al. (arXiv 2006.11239); Salimans and Ho (arXiv 2202.00512), Sec. 4.
+    w = SNR = α²/σ². Ho et al. (arXiv 2006.11239); Salimans and Ho (arXiv 2202.00512), Sec. 4. Equals `Unit` × ε.
+
+    Use it when a network that predicts something else than ε shall be trained on DDPM's L_simple.
     """
 
     def forward(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
@@ -18,10 +20,13 @@ class SNR(Weighting):
 
 
 class MinSNR(Weighting):
-    r"""w = min(SNR, γ).
+    r"""The noise error's weight, cut off at low noise.
 
-    Hang et al., *Efficient Diffusion Training via Min-SNR Weighting Strategy* (arXiv 2303.09556), Eq. 8, in x̂-space.
-    For ε-prediction that is min(SNR, γ)/SNR on the network's error, for v-prediction min(SNR, γ)/(SNR + 1).
+    w = min(SNR, γ). Hang et al., *Efficient Diffusion Training via Min-SNR Weighting Strategy* (arXiv 2303.09556),
+    Eq. 8, in x̂-space. For ε-prediction that is min(SNR, γ)/SNR on the network's error, for v-prediction
+    min(SNR, γ)/(SNR + 1). Equals `Unit` × ε wherever SNR ≤ γ.
+
+    Use it when training converges slowly because the nearly clean samples outweigh all others.
 
     Arguments:
         gamma: γ > 0.
@@ -36,9 +41,12 @@ class MinSNR(Weighting):
 
 
 class EDM(Weighting):
-    r"""w = SNR + 1/σ_d², EDM's λ(σ) = (σ² + σ_d²)/(σ·σ_d)² with σ² = 1/SNR.
+    r"""The weight under which EDM's network starts with an error of 1 at every noise level.
 
-    Karras et al. (arXiv 2206.00364), Table 1. With EDM's preconditioning it makes the network's error count equally.
+    w = SNR + 1/σ_d², EDM's λ(σ) = (σ² + σ_d²)/(σ·σ_d)² with σ² = 1/SNR. Karras et al. (arXiv 2206.00364), Table 1.
+    Equals `Unit` × EDM, and with σ_d = 1 `Unit` × v, the "SNR + 1" of Salimans and Ho (arXiv 2202.00512), Sec. 4.
+
+    Use it when EDM's training is to be reproduced, with the log-normal density of noise levels.
 
     Arguments:
         sigma_data: σ_d, the standard deviation of the data, > 0.

@@ -1,9 +1,12 @@
 """The contract of an extractor."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+
+from diffx.utils import DiffxError
 
 
 class Extractor(nn.Module, ABC):
@@ -11,19 +14,25 @@ class Extractor(nn.Module, ABC):
 
     Attributes:
         name: what the metrics on it are called after, as in `fd_digits`.
-        fd_name: the name of the Fréchet distance on it, as `fid` or `fd_digits`.
-        is_name: the name of the Inception Score on it, as `is` or `is_digits`.
         dim: the number D of features; 0 if it has none.
-        num_classes: the number K of logits.
+        num_classes: the number K of logits; 0 if it has none.
         preprocessing: what is done to an image before the network, in a few words.
+        paper_names: what papers call metrics on it, as `fid` for `fd`.
     """
 
     name: str
-    fd_name: str
-    is_name: str
     dim: int
     num_classes: int
     preprocessing: str
+    paper_names: Mapping[str, str] = {}
+
+    def named(self, metric: str) -> str:
+        """The name of a metric on this extractor: `fd_digits`, or what papers call it, as `fid`.
+
+        Arguments:
+            metric: `fd`, `is`, `kd`, `precision`, …
+        """
+        return self.paper_names.get(metric, f"{metric}_{self.name}")
 
     @property
     @abstractmethod
@@ -81,3 +90,16 @@ def extract(extractor: Extractor, images: Tensor) -> tuple[Tensor, Tensor]:
     # a training loop in bfloat16 must not change the metric
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         return extractor.eval()(images.to(device))
+
+
+def check_grey_or_rgb(name: str, channels: int) -> None:
+    """Makes sure that images are grey or RGB, as networks for photographs take them.
+
+    Raises:
+        DiffxError: for images with another number of channels.
+    """
+    if channels not in (1, 3):
+        raise DiffxError(
+            f"extractor '{name}' takes grey or RGB images, but the data have {channels} channels: choose another "
+            "extractor"
+        )

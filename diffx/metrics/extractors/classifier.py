@@ -16,10 +16,14 @@ from diffx.utils import DiffxError, atomic_path, nearest
 
 _FORMAT = "diffx-classifier-1"
 _DIM = 64
+_TAKEN = ("inception", "clip", "dinov2", "none")
 
 
 class Classifier(Extractor):
     """A convolutional network for small images; the features are its penultimate layer, 64 numbers.
+
+    Use it when images are no photographs, or too small for Inception: grey digits, sprites, spectrograms. Fitted to the
+    data's own classes it costs seconds instead of hours; its numbers can be compared with nobody else's.
 
     Arguments:
         name: what the metrics are called after, as in `fd_digits`: lower-case letters, digits and underscores.
@@ -34,14 +38,12 @@ class Classifier(Extractor):
 
     def __init__(self, name: str, channels: int, image_size: int, num_classes: int, data: str = "") -> None:
         super().__init__()
-        if not re.fullmatch(r"[a-z0-9_]+", name) or name in ("inception", "none"):
+        if not re.fullmatch(r"[a-z0-9_]+", name) or name in _TAKEN:
             raise DiffxError(
                 f"a classifier cannot be called '{name}': choose lower-case letters, digits and underscores, "
-                "other than 'inception' and 'none'"
+                f"other than {', '.join(_TAKEN)}"
             )
         self.name = name
-        self.fd_name = f"fd_{name}"
-        self.is_name = f"is_{name}"
         self.channels = channels
         self.image_size = image_size
         self.dim = _DIM
@@ -51,8 +53,11 @@ class Classifier(Extractor):
         self.preprocessing = f"{channels}x{image_size}x{image_size} uint8 / 127.5 - 1"
         # pooled to 4 × 4 and then 2 × 2: the features know roughly where things are
         halvings = max(int(math.log2(image_size / 4)), 0)
+        # large images are pooled once after the first layer: most of the time would go to the full size
+        early, halvings = (1, halvings - 1) if halvings > 1 else (0, halvings)
         self.trunk = nn.Sequential(
             *_convolution(channels, 32),
+            *(nn.AvgPool2d(2) for _ in range(early)),
             *_convolution(32, 32),
             *(layer for i in range(halvings) for layer in (*_convolution(64 if i else 32, 64), nn.AvgPool2d(2))),
             nn.AdaptiveAvgPool2d(2),
@@ -61,6 +66,7 @@ class Classifier(Extractor):
             nn.SiLU(),
         )
         self.head = nn.Linear(_DIM, num_classes)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on a CPU
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features `[B, 64]` and logits `[B, K]` of uint8 images `[B, C, H, W]`; differentiable in the weights."""
@@ -131,7 +137,10 @@ class Classifier(Extractor):
             classifier.load_state_dict(state)
             classifier.accuracy = float(said["accuracy"])
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-            raise DiffxError(f"the classifier at '{weights}' is damaged: fit it anew (diffx fit-extractor)") from error
+            raise DiffxError(
+                f"the classifier at '{weights}' is damaged or of another version of diffx: fit it anew "
+                "(diffx fit-extractor)"
+            ) from error
         return classifier.requires_grad_(False).eval()
 
     @classmethod

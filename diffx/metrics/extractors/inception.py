@@ -1,46 +1,54 @@
 """The Inception network of the FID, as torch-fidelity has it."""
 
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from diffx.metrics.extractors.base import Extractor
+from diffx.metrics.extractors.base import Extractor, check_grey_or_rgb
+from diffx.metrics.extractors.weights import find_weights, is_published, sha256_of
 from diffx.utils import DiffxError
 
 _URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 _FILE = _URL.rpartition("/")[2]
 _SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+_PAPER_NAMES = {
+    "fd": "fid",
+    "fd_infinity": "fid_infinity",
+    "per_class_fd": "per_class_fid",
+    "kd": "kid",
+    **{name: name for name in ("is", "precision", "recall", "density", "coverage")},
+}
 
 
 class Inception(Extractor):
     """torch-fidelity's InceptionV3: 2048 features, and the logits without bias that its Inception Score reads.
 
     Its resize, which imitates that of TensorFlow 1, is part of it and stays: a resize with antialiasing changes FID by
-    percents. Grey images are repeated to RGB.
-
-    Source: Szegedy et al., *Rethinking the Inception Architecture for Computer Vision*, arXiv 1512.00567, with the
-    weights of Heusel et al., arXiv 1706.08500.
+    percents. Grey images are repeated to RGB. Source: Szegedy et al., *Rethinking the Inception Architecture for
+    Computer Vision*, arXiv 1512.00567, with the weights of Heusel et al., arXiv 1706.08500. Use it when results are to
+    be compared with published FIDs.
 
     Arguments:
         weights: the path of the weights; by default torch-fidelity's own place in torch's cache.
         download: whether to download them to that place if they are not there.
+        check_hash: whether to refuse weights other than the published ones; if these are taken, metrics on them are
+            not called `fid` and `is` but `fd_inception_other` and so on.
 
     Raises:
-        DiffxError: if the weights are absent, damaged, or of another network.
+        DiffxError: if the weights are absent, damaged, of another network, or not the published ones.
     """
 
-    def __init__(self, weights: str | Path | None = None, download: bool = False) -> None:
+    def __init__(self, weights: str | Path | None = None, download: bool = False, check_hash: bool = True) -> None:
         super().__init__()
-        self.name = "inception"
-        self.fd_name = "fid"
-        self.is_name = "is"
         self.dim = 2048
         self.num_classes = 1008
         self.preprocessing = "grey to RGB, torch-fidelity's TensorFlow 1 bilinear resize to 299x299, (x - 128) / 128"
-        path = _find(weights, download)
-        self._weights_hash = hashlib.sha256(path.read_bytes()).hexdigest()
+        path = find_weights("Inception", _URL, _FILE, _SHA256, weights, download)
+        self._weights_hash = sha256_of(path)
+        self._published = is_published("Inception", path, self._weights_hash, _SHA256, check_hash)
+        self.name = "inception" if self._published else "inception_other"
+        self.paper_names = _PAPER_NAMES if self._published else {}
         # several times faster on a CPU; the same numbers up to rounding
         self.network = _load(path).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -56,7 +64,7 @@ class Inception(Extractor):
     @property
     def origin(self) -> str:
         """Whether these are the weights that published FIDs stand on."""
-        if self._weights_hash == _SHA256:
+        if self._published:
             return "published weights inception-2015-12-05"
         return "non-standard weights: not comparable with published FIDs"
 
@@ -66,36 +74,7 @@ class Inception(Extractor):
         Raises:
             DiffxError: for images with another number of channels.
         """
-        if channels not in (1, 3):
-            raise DiffxError(
-                f"extractor 'inception' takes grey or RGB images, but the data have {channels} channels: "
-                "choose another extractor"
-            )
-
-
-def _find(weights: str | Path | None, download: bool) -> Path:
-    if weights is not None:
-        if not Path(weights).is_file():
-            raise DiffxError(f"there are no Inception weights at '{weights}': correct extractor.weights")
-        return Path(weights)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / _FILE
-    if path.is_file():
-        return path
-    if not download:
-        raise DiffxError(
-            f"the Inception weights are missing: get {_FILE} from torch-fidelity's release page on GitHub ({_URL}) and "
-            f"give extractor.weights=PATH or put it at '{path}', or let diffx fetch it with extractor.download=true"
-        )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # writes to a temporary name and checks the hash before it renames
-        torch.hub.download_url_to_file(_URL, str(path), hash_prefix=_SHA256)
-    except (OSError, RuntimeError) as error:
-        raise DiffxError(
-            f"the Inception weights cannot be downloaded ({error}): get {_FILE} by other means and give "
-            "extractor.weights=PATH"
-        ) from error
-    return path
+        check_grey_or_rgb(self.name, channels)
 
 
 def _load(path: Path) -> nn.Module:

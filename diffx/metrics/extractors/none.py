@@ -6,13 +6,14 @@ from diffx.metrics.extractors.base import Extractor
 
 
 class NoExtractor(Extractor):
-    """Images without features: what stands on features is left out."""
+    """Images without features: what stands on features is left out.
+
+    Use it when only pixels matter, or nothing.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.name = "none"
-        self.fd_name = "fd_none"
-        self.is_name = "is_none"
         self.dim = 0
         self.num_classes = 0
         self.preprocessing = "none"

@@ -1,0 +1,223 @@
+r"""Times fitted to a denoiser, a sampler and a number of steps.
+
+The K times that K steps spend best are a small least-squares problem: few unknowns, and a residual for every dimension
+of every sample. Minimised is the distance between the samples of the short grid and those of a long one from the same
+noise, as Tong et al. propose in *Learning to Discretize Denoising Diffusion ODEs* (arXiv 2405.15506), who train the
+times through the sampler. Here the derivatives are finite differences and the method is a trust-region Gauss–Newton
+one, which needs nothing of a sampler but that it can be run: any deterministic solver, any guidance, no backward pass
+through the network.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from scipy.optimize import least_squares
+from torch import Tensor
+
+from diffx.denoisers import Denoiser
+from diffx.discretizations import Discretization, Karras, LogSNR, Uniform
+from diffx.samplers import DPMSolverPP2M, Sampler
+from diffx.schedules import Schedule
+from diffx.utils import DiffxError
+
+NOISIEST, CLEANEST = -18.0, 18.0
+"""The logSNR between which the times before the clean end are sought; beyond, nothing of x or of the noise is left."""
+
+_GAP = 1e-4  # the smallest step, as a part of the range of logSNR: float32 must tell the times apart
+
+HEURISTICS: dict[str, Discretization] = {"uniform": Uniform(), "karras": Karras(), "logsnr": LogSNR()}
+"""The grids with which the result is compared."""
+
+SHORTENED: dict[str, Discretization] = {
+    f"{name} from sigma {high:g} to {low:g}": grid(sigma_min=low, sigma_max=high)
+    for name, grid in (("logsnr", LogSNR), ("karras", Karras), ("karras rho=3", partial(Karras, 3.0)))
+    for low in (0.002, 0.02, 0.05, 0.1)
+    for high in (4.0, 10.0, 25.0, 80.0)
+}
+"""Grids that begin later and end earlier. The search starts from the best of them and from the best heuristic one:
+whether the first step is spent on finding the mean of the data or saved is a choice that no small change undoes."""
+
+
+class LearnedTimes(NamedTuple):
+    """What a search found.
+
+    Arguments:
+        times: the grid on the denoiser's schedule, float64 `[K + 1]`, from noise to 0.
+        logsnr: the noise levels of all times but the last, increasing, float64 `[K]`; what
+            `diffx.discretizations.learned.save` writes.
+        report: plain values: what the times were made for and how; `rms` has the root mean square error per dimension
+            of the learned grid, of the heuristic ones and of the one the search started from, on samples that the
+            search has not seen.
+    """
+
+    times: Tensor
+    logsnr: Tensor
+    report: dict[str, Any]
+
+
+@torch.no_grad()
+def learn_discretization(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    noise: Tensor,
+    steps: int,
+    *,
+    reference_steps: int = 256,
+    iterations: int = 20,
+    batch_size: int = 256,
+    **cond: Tensor,
+) -> LearnedTimes:
+    r"""Finds the times at which K steps of a sampler come nearest to the exact solution.
+
+    min over logSNR_0 < … < logSNR_{K−1} of E‖x_K − x_ref‖², x_K the sample by K steps and x_ref that by many steps of
+    DPM-Solver++, both from the same noise. Fitted to the first half of the noise and measured on the second.
+    Deterministic. Takes at most 2·`iterations`·K² + 60·K + `reference_steps` denoiser calls per sample, twice that for
+    solvers of two calls per step.
+
+    Arguments:
+        denoiser: the denoiser as it will be sampled: guided, thresholded, on the schedule to sample on.
+        sampler: a deterministic sampler of the probability-flow ODE.
+        noise: standard normal numbers `[N, *]`, N ≥ 2, on the device to sample on. A hundred images are plenty; of
+            points in a few dimensions it takes a thousand, since the few that two modes pull at have most of the error.
+        steps: K ≥ 1.
+        reference_steps: steps of the reference.
+        iterations: steps of the optimiser at most.
+        batch_size: samples that go through the denoiser together.
+        cond: conditions for the denoiser, each `[N, …]`.
+
+    Returns:
+        The times, their noise levels and a report.
+
+    Raises:
+        DiffxError: if the sampler is stochastic, or there are fewer than 2 samples.
+    """
+    if len(noise) < 2:
+        raise DiffxError("learning times takes at least 2 samples, one to fit them to and one to measure them on")
+    half = len(noise) // 2
+    # before the long reference is made, one sample that finds out whether the sampler asks for noise
+    probe = _Problem(denoiser, sampler, noise[:1], {k: v[:1] for k, v in cond.items()}, 1)
+    probe.samples(sampler, Uniform()(denoiser.schedule, 2))
+    fitted = _Problem(denoiser, sampler, noise[:half], {k: v[:half] for k, v in cond.items()}, batch_size)
+    unseen = _Problem(denoiser, sampler, noise[half:], {k: v[half:] for k, v in cond.items()}, batch_size)
+    for problem in (fitted, unseen):
+        problem.solve(reference_steps)
+    starts = [_best(fitted, grids, steps) for grids in (HEURISTICS, SHORTENED)]
+    found = [_minimise(fitted, times, iterations) for _, times in starts]
+    best = min(range(len(found)), key=lambda i: found[i][0])
+    name, start = starts[best]
+    logsnr = found[best][1]
+    times = _on(denoiser.schedule, logsnr)
+    others = {name: grid(denoiser.schedule, steps) for name, grid in HEURISTICS.items()} | {name: start}
+    report = {
+        "sampler": type(sampler).__name__,
+        "schedule": type(denoiser.schedule).__name__,
+        "steps": steps,
+        "nfe": sampler.nfe(steps),
+        "samples": len(noise),
+        "reference_steps": reference_steps,
+        "started_from": name,
+        "rms": {"learned": unseen.rms(times)} | {key: unseen.rms(grid) for key, grid in others.items()},
+    }
+    return LearnedTimes(times, logsnr, report)
+
+
+class _Problem:
+    """Noise, the samples it should become, and how far those of a grid are from them."""
+
+    def __init__(
+        self, denoiser: Denoiser, sampler: Sampler, noise: Tensor, cond: dict[str, Tensor], batch_size: int
+    ) -> None:
+        self.denoiser = denoiser
+        self.sampler = sampler
+        self.noise = noise
+        self.cond = cond
+        self.batch_size = batch_size
+        self.reference = noise
+
+    def solve(self, steps: int) -> None:
+        """Makes the reference."""
+        times = LogSNR(np.exp(-CLEANEST / 2), np.exp(-NOISIEST / 2))(self.denoiser.schedule, steps)
+        self.reference = self.samples(DPMSolverPP2M(), times)
+
+    def samples(self, sampler: Sampler, times: Tensor) -> Tensor:
+        """The samples of a grid, `[N, *]`."""
+        schedule = self.denoiser.schedule
+        _, sigma = schedule(times[:1].to(schedule.device))
+        x = self.noise * sigma.to(self.noise)
+        conds = {name: value.split(self.batch_size) for name, value in self.cond.items()}
+        return torch.cat(
+            [
+                sampler(
+                    self.denoiser,
+                    part,
+                    times.to(x.device),
+                    noise=_refused,
+                    **{name: value[i] for name, value in conds.items()},
+                )
+                for i, part in enumerate(x.split(self.batch_size))
+            ]
+        )
+
+    def residuals(self, times: Tensor) -> Tensor:
+        """The errors, scaled so that the sum of their squares is the mean square error; float64 `[N·D]`."""
+        error = (self.samples(self.sampler, times) - self.reference).double().flatten().cpu()
+        return error / len(error) ** 0.5
+
+    def rms(self, times: Tensor) -> float:
+        """The root mean square error per dimension; infinite for a grid on which the sampler fails."""
+        return self.residuals(times).norm().nan_to_num(torch.inf).item()
+
+
+def _best(problem: _Problem, grids: dict[str, Discretization], steps: int) -> tuple[str, Tensor]:
+    """The grid of the smallest error, its name and its times."""
+    times = {name: grid(problem.denoiser.schedule, steps) for name, grid in grids.items()}
+    best = min(times, key=lambda name: problem.rms(times[name]))
+    return best, times[best]
+
+
+def _minimise(problem: _Problem, start: Tensor, iterations: int) -> tuple[float, Tensor]:
+    """The error at a minimum near a grid, and the noise levels there."""
+    schedule = problem.denoiser.schedule
+    ends = schedule.logsnr(torch.tensor([1.0, 0.0], dtype=torch.float64, device=schedule.device)).cpu()
+    low, high = ends.clamp(NOISIEST, CLEANEST)
+    span = high - low
+
+    def levels(logits: np.ndarray) -> Tensor:
+        # the gaps between the noise levels, the bounds included, are a softmax: always positive, always filling
+        gaps = torch.cat([torch.from_numpy(logits), torch.zeros(1, dtype=torch.float64)]).softmax(0)
+        return low + span * (_GAP + (1 - len(gaps) * _GAP) * gaps[:-1]).cumsum(0)
+
+    def residuals(logits: np.ndarray) -> np.ndarray:
+        return problem.residuals(_on(schedule, levels(logits))).numpy()
+
+    # a difference large enough that the rounding of the samples does not show
+    h = torch.finfo(problem.noise.dtype).eps ** (1 / 3)
+
+    def jacobian(logits: np.ndarray) -> np.ndarray:
+        at = residuals(logits)
+        return np.stack([(residuals(logits + h * unit) - at) / h for unit in np.eye(len(logits))], axis=1)
+
+    inside = schedule.logsnr(start[:-1].to(schedule.device)).cpu().clamp(low, high)
+    gaps = (torch.cat([low[None], inside, high[None]]).diff() / span).clamp(min=10 * _GAP).log()
+    solution = least_squares(
+        residuals,
+        (gaps[:-1] - gaps[-1]).numpy(),
+        jacobian,  # pyright: ignore[reportArgumentType]: its annotation forgets functions
+        x_scale="jac",
+        max_nfev=iterations,
+    )
+    return (2 * solution.cost) ** 0.5, levels(solution.x)
+
+
+def _on(schedule: Schedule, logsnr: Tensor) -> Tensor:
+    """The times of noise levels on a schedule, and the clean end."""
+    return torch.cat([schedule.inverse(logsnr.to(schedule.device)).cpu(), torch.zeros(1, dtype=torch.float64)])
+
+
+def _refused(*args: Any, **kwargs: Any) -> NoReturn:
+    raise DiffxError(
+        "times are learned by following single samples, which needs a deterministic sampler; learn them with "
+        "sampler=ddim sampler.eta=0 or sampler=dpmpp_2m"
+    )
