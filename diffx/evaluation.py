@@ -305,7 +305,13 @@ class Evaluator:
         }
 
     def _published(self) -> Statistics:
-        return Statistics.load(Path(self.reference).expanduser())
+        file = Path(self.reference).expanduser()
+        if not file.is_file():
+            raise DiffxError(
+                f"evaluation.reference={self.reference} is neither train or test, the splits, nor an .npz file with mu "
+                "and sigma; correct it"
+            )
+        return Statistics.load(file)
 
     def _file_hash(self) -> str:
         return hashlib.sha256(Path(self.reference).expanduser().read_bytes()).hexdigest()[:32]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cycler import cycler
+from matplotlib import rc_context
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from PIL import Image
@@ -89,7 +90,7 @@ def plot_strip(pictures: Mapping[str, Path], path: Path) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        # no date in the file: the same numbers give the same bytes
+    # no date and no random names in the file: the same numbers give the same bytes
+    with atomic_path(path) as temporary, rc_context({"svg.hashsalt": "diffx"}):
         metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix)
         figure.savefig(temporary, dpi=150, metadata=metadata)

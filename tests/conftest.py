@@ -1,5 +1,6 @@
 """What the tests share: the parts named by the YAML files, data whose denoiser is known, keyed noise."""
 
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,18 @@ def each(group):
     import pytest
 
     return pytest.mark.parametrize(group, choices(group))
+
+
+def in_pairs(*families):
+    """Combinations of one of each family in which every two choices of different families meet at least once."""
+    by_size = sorted(range(len(families)), key=lambda i: -len(families[i]))
+    first, second, *others = (families[i] for i in by_size)
+    rows = []
+    for (i, a), (j, b) in itertools.product(enumerate(first), enumerate(second)):
+        # a third family runs along the diagonals; a fourth along others, that it meet the third
+        row = [a, b, *(family[(i + j + (j // len(others[0])) * k) % len(family)] for k, family in enumerate(others))]
+        rows.append(tuple(value for _, value in sorted(zip(by_size, row, strict=True))))
+    return rows
 
 
 def mixture(schedule, dtype=F64):

@@ -99,7 +99,7 @@ MISTAKES = {
     "no setting": (["train", "cosine"], "KEY=VALUE"),
     "group": (["train", "shedule=cosine"], "did you mean 'schedule'"),
     "choice": (["train", "schedule=cosin"], "did you mean 'cosine'"),
-    "choice names all": (["train", "sampler=foo"], "choose ddim"),
+    "choice names all": (["train", "sampler=foo"], "choose adaptive, ddim"),
     "key": (["train", "schedule=edm", "schedule.sigma_mx=3"], "did you mean 'schedule.sigma_max'"),
     "unknown argument": (["train", "schedule=edm", "+schedule.sigma_mx=3"], "did you mean 'sigma_max'"),
     "number": (["train", "schedule=edm", "schedule.sigma_max=abc"], "schedule.sigma_max must be a number"),
@@ -204,7 +204,7 @@ def test_train_leaves_a_self_describing_run(trained):
     assert protocol["nfe"] == 2
     assert len(protocol["weights_hash"]) == 64
     assert protocol["reference"]["images"] == 360
-    for word in ("fd_digits", "±1 s.e.", "what to type next", str(path)):
+    for word in ("fd_digits", "± 1 s.e.", "what to type next", str(path)):
         assert word in out.replace("\n", "")
     assert (path / "samples/final.png").stat().st_size > 0
     assert not [f for f in files_below(path) if ".tmp" in f]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffx.autoencoders import Autoencoder, Pixels
 from diffx.conditioning import LabelConditioner, Unconditional
-from diffx.denoisers import Denoiser, Preconditioned
+from diffx.denoisers import Denoiser, LearnedVariance
 from diffx.generate import Generator
 from diffx.pictures import grid, save_animation, save_grid, save_pairs, save_trajectory, write_png
 from diffx.plots import Curve, plot_curves, plot_strip
@@ -53,11 +53,12 @@ class Spy:
 def network():
     """A denoiser with weights that do not start at 0, so that every input moves the output."""
     torch.manual_seed(0)
-    backbone = build("backbone", "unet_tiny", in_channels=1, image_size=8, num_classes=CLASSES)
+    backbone = build("backbone", "unet_tiny", in_channels=1, out_channels=2, image_size=8, num_classes=CLASSES)
     for parameter in backbone.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    return Preconditioned(backbone, build("schedule", "edm"), build("parameterization", "edm")).eval()
+    # one that knows a variance too, for the sampler that asks
+    return LearnedVariance(backbone, build("schedule", "edm"), build("parameterization", "edm")).eval()
 
 
 def generator_of(sampler="heun", **changes):

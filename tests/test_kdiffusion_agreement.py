@@ -1,8 +1,8 @@
 """The samplers against k-diffusion's: the same denoiser, noise levels and noise give the same samples.
 
 k-diffusion works with α = 1, diffx's `EDM` schedule. Its samplers are plain loops over a tensor of σ, here of diffx's
-grids in float64, so that the formulas alone are compared, to eight digits (its σ_down, a difference, loses some). Where k-diffusion follows another formula,
-the difference is computed.
+grids in float64, so that the formulas alone are compared, to eight digits (its σ_down, a difference, loses some).
+Where k-diffusion follows another formula, the difference is computed.
 """
 
 import importlib

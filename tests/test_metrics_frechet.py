@@ -94,6 +94,10 @@ def test_the_distance_at_infinity_is_on_the_line_through_the_distances_of_fewer_
     assert abs(limit.bias) < 0.2 * at_n.bias
     assert limit.stderr == pytest.approx(at_n.stderr) and len(limit.blocks) == BLOCKS
     assert limit.interval[0] < limit.value < limit.interval[1]
+    steeper = FrechetInfinity(reference_of(n, statistics=reference), least=8)
+    steeper.update(observation(features))
+    (other,) = steeper.compute()
+    assert other.value != limit.value and other.interval == pytest.approx(limit.interval, rel=0.05)
     few = FrechetInfinity(reference_of(9, statistics=reference))
     few.update(observation(features[:9]))
     (value,) = few.compute()

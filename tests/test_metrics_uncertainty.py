@@ -160,7 +160,7 @@ def test_no_interval_is_told_where_a_covariance_without_one_block_is_singular():
     metric = FrechetDistance(reference_of(79, statistics=statistics_of(normal(500, dim, seed=1))))
     value = measured(metric, normal(79, dim, seed=2))
     assert value.bias is None and value.interval is None and value.stderr is not None
-    assert "79 images are too few to tell the limit of a distance in 64 features: at least 80" in value.note
+    assert "79 images are too few to tell the limit of a distance in 64 features: take 80" in value.note
     assert measured(metric, normal(80, dim, seed=2)).interval is not None
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 import numpy as np
 import pytest
 import torch
-from conftest import F64, build, choices, each, gaussian, is_stochastic, keyed_noise, mixture, no_noise
+from conftest import F64, build, choices, each, gaussian, in_pairs, is_stochastic, keyed_noise, mixture, no_noise
 from scipy import stats
 from scipy.integrate import quad, solve_ivp
 
@@ -72,18 +72,6 @@ def built(sampler, **overrides):
     choice, *changes = sampler.split()
     changes = {key: ast.literal_eval(value) for key, value in (change.split("=") for change in changes)}
     return build("sampler", choice, **{**changes, **overrides})
-
-
-def in_pairs(*families):
-    """Combinations of one of each family in which every two choices of different families meet at least once."""
-    by_size = sorted(range(len(families)), key=lambda i: -len(families[i]))
-    first, second, *others = (families[i] for i in by_size)
-    rows = []
-    for (i, a), (j, b) in itertools.product(enumerate(first), enumerate(second)):
-        # a third family runs along the diagonals; a fourth along others, that it meet the third
-        row = [a, b, *(family[(i + j + (j // len(others[0])) * k) % len(family)] for k, family in enumerate(others))]
-        rows.append(tuple(value for _, value in sorted(zip(by_size, row, strict=True))))
-    return rows
 
 
 def turns(*families):
@@ -151,7 +139,8 @@ def noisy(denoiser, n, t):
 @lru_cache
 def problem(schedule):
     """A denoiser, samples at `START`, and the exact ones at `STOP`."""
-    denoiser = mixture(build("schedule", schedule))
+    # with σ = 80·t, x̂ would hardly change between those times
+    denoiser = mixture(build("schedule", schedule, **({"sigma_max": 5.0} if schedule == "edm" else {})))
     x = noisy(denoiser, 8, START)
     return denoiser, x, solve(mixture, denoiser.schedule, x)
 
@@ -205,7 +194,7 @@ def test_measured_order_is_the_declared_one(schedule, discretization, sampler):
     denoiser, x, exact = problem(schedule)
     solver = unlimited(sampler)
     # the adaptive one looks up the time of every estimate, and needs few
-    steps = STEPS if sampler != "adaptive" else (20, 40)
+    steps = STEPS if sampler != "adaptive" else (40, 80)
     grids = [build("discretization", discretization)(denoiser.schedule, k, START, STOP) for k in steps]
     errors = [error(solver(denoiser, x, times, noise=no_noise), exact) for times in grids]
     # the longest step is what the error follows where steps are uneven
@@ -287,17 +276,17 @@ def test_weights_integrate_polynomials_exactly(nodes, h):
 
 
 def adaptive_run(schedule, tolerance, steps=1, n=8, stop=STOP):
-    denoiser = Counted(mixture(build("schedule", schedule)))
+    denoiser = Counted(problem(schedule)[0])
     x = noisy(denoiser.denoiser, n, START)
     times = Uniform()(denoiser.schedule, steps, START, stop)
     return denoiser, x, Adaptive(rtol=tolerance, atol=tolerance)(denoiser, x, times, noise=no_noise)
 
 
-@each("schedule")
+@pytest.mark.parametrize("schedule", ["cosine", "ve"])  # on all others the steps are the same, see below
 def test_the_error_follows_the_tolerance(schedule):
     exact = problem(schedule)[2]
     calls, errors = [], []
-    for tolerance in (1e-2, 1e-4, 1e-6):
+    for tolerance in (1e-1, 1e-3, 1e-5):
         denoiser, _, out = adaptive_run(schedule, tolerance)
         calls.append(denoiser.calls)
         errors.append((out - exact).abs().max().item() / exact.abs().max().item())
@@ -320,8 +309,8 @@ def test_the_steps_are_each_samples_own():
 
 
 def test_a_finer_grid_costs_little_where_the_error_rules():
-    coarse, *_ = adaptive_run("cosine", 1e-6, steps=1)
-    fine, *_ = adaptive_run("cosine", 1e-6, steps=4)
+    coarse, *_ = adaptive_run("cosine", 1e-5, steps=1)
+    fine, *_ = adaptive_run("cosine", 1e-5, steps=4)
     assert coarse.calls <= fine.calls < 1.3 * coarse.calls
 
 
@@ -398,9 +387,9 @@ def moments_error(sampler, denoiser, times):
     [*in_pairs(AFFINE, SCHEDULES, DISCRETIZATIONS), *turns(MORE_STOCHASTIC, SCHEDULES, DISCRETIZATIONS)],
 )
 def test_exact_mean_and_variance_in_the_limit(schedule, discretization, sampler):
-    denoiser, sampler = gaussian(build("schedule", schedule), 0.8, 0.6), unbiased(sampler)
+    denoiser, name, sampler = gaussian(build("schedule", schedule), 0.8, 0.6), sampler, unbiased(sampler)
     # below 100 steps EDM's noise is at its bound of √2 − 1
-    steps = (200, 400) if sampler.order == 1 else (100, 200)
+    steps = (100, 200) if name != "euler_maruyama" else (200, 400)
     grids = [build("discretization", discretization)(denoiser.schedule, k, START, STOP) for k in steps]
     errors = np.array([moments_error(sampler, denoiser, times) for times in grids])
     lengths = [1 / denoiser.schedule.logsnr(times).diff().max().item() for times in grids]
@@ -578,11 +567,8 @@ OWN_TIMES = {
 
 
 @pytest.mark.parametrize(
-    ("sampler", "schedule", "times"),
-    [
-        *in_pairs([*DETERMINISTIC, *STOCHASTIC], SCHEDULES, list(OWN_TIMES)),
-        *turns([*MORE_DETERMINISTIC, *MORE_STOCHASTIC], SCHEDULES, list(OWN_TIMES)),
-    ],
+    ("sampler", "times", "schedule"),
+    [(*pair, SCHEDULES[i % len(SCHEDULES)]) for i, pair in enumerate(itertools.product(ALL, OWN_TIMES))],
 )
 def test_a_time_for_each_sample_is_the_step_of_that_sample_alone(schedule, sampler, times):
     denoiser, sampler = mixture(build("schedule", schedule)), built(sampler)
@@ -616,7 +602,7 @@ def test_a_sample_does_not_depend_on_its_batch(schedule, sampler, batch):
 )
 def test_few_steps_end_finite(schedule, discretization, sampler, dtype):
     denoiser, name, sampler = mixture(build("schedule", schedule), dtype), sampler, built(sampler)
-    for steps in (1, 2, 5):
+    for steps in (1, 4):
         times = build("discretization", discretization)(denoiser.schedule, steps)
         x = Keys(1, torch.arange(4)).normal("x", 2, dtype=dtype) * levels_at(denoiser.schedule, times[0].item())[1]
         out = sampler(denoiser, x, times, noise=keyed_noise(torch.arange(4), (2,), dtype=dtype))
@@ -724,6 +710,20 @@ def test_edms_sampler_is_the_same_on_every_schedule(schedule):
 
     expected = scaled(mixture(EDM()))
     torch.testing.assert_close(scaled(mixture(build("schedule", schedule))), expected, rtol=1e-6, atol=1e-6)
+
+
+@each("schedule")
+def test_adaptive_steps_are_the_same_on_every_schedule(schedule):
+    def run(schedule):
+        denoiser = Counted(mixture(schedule))
+        times = schedule.inverse(-2 * torch.tensor([8.0, 0.05], dtype=F64).log())
+        (alpha_t, _), (alpha_s, _) = (levels_at(schedule, t.item()) for t in times)
+        y = 8 * Keys(0, torch.arange(6)).normal("y", 2, dtype=F64)
+        return Adaptive()(denoiser, alpha_t * y, times, noise=no_noise) / alpha_s, denoiser.samples
+
+    (y, samples), (expected, as_many) = run(build("schedule", schedule)), run(Flow())
+    assert samples == as_many
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
 
 
 @each("schedule")

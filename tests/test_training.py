@@ -31,11 +31,11 @@ from diffx.experiment import Run, locate
 from diffx.objectives import Denoising, Objective
 from diffx.pictures import save_grid
 from diffx.training import EMA
-from diffx.training.checkpoints import SIGNALS
-from diffx.training.fit import load_weights
 from diffx.training.log import LOGSNR_EDGES
 from diffx.training.loggers import CSVLogger
+from diffx.training.weights import load_weights
 from diffx.utils import DiffxError, Keys
+from diffx.utils.signals import SIGNALS
 
 torch.set_num_threads(1)
 
@@ -49,7 +49,7 @@ TINY = [
     "evaluation.every_n_steps=0",
     "evaluation.interim_samples=0",
     "evaluation.num_samples=0",
-    "evaluation.nearest=false",
+    "metrics=[fd,is,consistency]",
     "evaluation.per_class=1",
     "sampler.steps=2",
     "checkpoint.every_n_steps=5",
@@ -384,8 +384,8 @@ def test_ema_is_the_recurrence_once_per_optimizer_step(tmp_path, warmup):
         assert not average.double().equal(weight)
         assert not average.requires_grad
     # what is exported is the average
-    fresh = build(arm.config).module.ema.denoiser
-    load_weights(fresh, run.weights, None)
+    fresh, step = load_weights(build(arm.config).module.ema, "ema", run.weights.parent, None)
+    assert step == 24
     assert_identical(fresh.state_dict(), arm.module.ema.denoiser.state_dict())
 
 
@@ -409,8 +409,8 @@ def test_ema_takes_buffers_as_they_are():
 def test_the_weights_of_an_unfinished_run_are_its_average(tmp_path):
     _, arm, run = trained(tmp_path, action=signal_at(signal.SIGTERM, 6))
     assert not run.weights.exists()
-    fresh = build(arm.config).module.ema.denoiser
-    load_weights(fresh, run.weights, run.newest_checkpoint()[0])
+    fresh, step = load_weights(build(arm.config).module.ema, "ema", run.weights.parent, run.newest_checkpoint()[0])
+    assert step == run.status()["step"] > 0
     assert_identical(fresh.state_dict(), arm.module.ema.denoiser.state_dict())
 
 

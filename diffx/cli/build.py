@@ -14,10 +14,11 @@ from diffx.cli.types import locate_target
 from diffx.conditioning import Conditioner
 from diffx.data import DataSource
 from diffx.data.stream import GlobalBatches
-from diffx.denoisers import Denoiser, Preconditioned, Rescheduled
+from diffx.denoisers import Denoiser, LearnedVariance, Preconditioned, Rescheduled
 from diffx.evaluation import Evaluator
 from diffx.experiment import fingerprint
 from diffx.generate import Generator
+from diffx.samplers import DDPMLearned
 from diffx.training import EMA, DiffusionModule
 from diffx.training.callbacks import Point
 from diffx.utils import DiffxError, nearest
@@ -204,7 +205,13 @@ def check(arm: Arm) -> None:
                 f"there are no weights '{point.weights}' in training{nearest(point.weights, averages)}; "
                 f"choose weights={' or '.join(averages)}"
             )
-        point.generator(arm.module.denoiser).times()
+        generator = point.generator(arm.module.denoiser)
+        generator.times()
+        if isinstance(generator.sampler, DDPMLearned) and not isinstance(arm.module.denoiser, LearnedVariance):
+            raise DiffxError(
+                "sampler=ddpm_learned needs a model that has learned the variance; set denoiser=learned_variance "
+                "objective=hybrid, or take sampler=ddpm"
+            )
 
 
 def make(config: Config, group: str, **parts: Any) -> Any:

@@ -9,6 +9,7 @@ COMMANDS = {
     "sample": "sample a trained run with any sampler, steps, guidance, labels and seed",
     "evaluate": "measure trained runs, or images: FID, IS, KID and their kin, with uncertainty and protocol",
     "reference": "compute the statistics that samples are compared with, for nodes without the data or the network",
+    "learn-times": "find the times at which few steps of a sampler come nearest to the exact solution",
     "fit-classifier": "train the classifier of noisy images that guidance=classifier climbs",
     "fit-extractor": "fit the small classifier that metrics on a labelled data set stand on",
 }
@@ -146,6 +147,19 @@ examples:
   diffx sample run=DIR guidance=classifier guidance.classifier.weights=noisy.safetensors guidance.scale=2
 """
 
+LEARN_TIMES = """\
+diffx learn-times: find the times at which K steps of a sampler come nearest to the exact solution.
+
+usage: diffx learn-times run=DIR sampler=CHOICE sampler.steps=K [n=256] [iterations=20] [out=FILE.json] [device=auto]
+
+Takes a deterministic sampler. The times are kept as logSNR, so that any schedule can use them, and compared with
+uniform, Karras and logSNR spacing on samples that the search has not seen.
+
+examples:
+  diffx learn-times run=DIR sampler=dpmpp_2m sampler.steps=6
+  diffx evaluate run=DIR sampler=dpmpp_2m sampler.steps=6 discretization=learned discretization.path=FILE
+"""
+
 _TEXTS = {
     "train": TRAIN,
     "plan": PLAN,
@@ -155,6 +169,7 @@ _TEXTS = {
     "reference": REFERENCE,
     "fit-extractor": FIT_EXTRACTOR,
     "fit-classifier": FIT_CLASSIFIER,
+    "learn-times": LEARN_TIMES,
 }
 
 
@@ -178,16 +193,15 @@ def command_help(name: str) -> str:
     shown = {
         "train": list(groups()),
         "plan": ["schedule", "parameterization", "weighting", "time_sampler", "objective", "backbone"],
-        "parts": [],
+        "parts": list(groups()),
         "sample": ["sampler", "discretization", "guidance", "thresholding", "schedule"],
         "evaluate": ["metrics", "extractor", "sampler", "discretization", "guidance", "thresholding", "schedule"],
         "reference": ["data", "extractor"],
         "fit-extractor": ["data"],
+        "learn-times": ["sampler", "guidance", "thresholding", "schedule"],
         "fit-classifier": ["data", "schedule", "time_sampler", "optimizer", "lr_schedule"],
     }[name]
     choices = groups()
-    if not shown:
-        return text
     width = max(map(len, shown))
     lines = [f"  {group + '=':<{width + 1}} {' | '.join(choices[group])}" for group in shown if group in choices]
     return text + "\ngroups and their choices:\n" + "\n".join(lines)

@@ -52,6 +52,7 @@ TOP_LEVEL: dict[str, Any] = {
     "trajectory": bool,
     "min_accuracy": float,
     "epochs": int,
+    "iterations": int,
 }
 """The types of the keys that no constructor takes."""
 
@@ -73,6 +74,7 @@ POSITIVE = {
     "devices",
     "batch_size",
     "epochs",
+    "iterations",
 }
 """Those of them that count something."""
 

@@ -12,7 +12,17 @@ from typing import Any
 HOW = {"trainer", "logger", "runs_dir", "checkpoint", "log_every_n_steps", "progress_bar"}
 """Top-level keys that say how a run is executed."""
 
-INFERENCE = {"sampler", "discretization", "guidance", "thresholding", "weights", "extractor", "metrics", "likelihood", "evaluation"}
+INFERENCE = {
+    "sampler",
+    "discretization",
+    "guidance",
+    "thresholding",
+    "weights",
+    "extractor",
+    "metrics",
+    "likelihood",
+    "evaluation",
+}
 """Top-level keys that say what is asked of the trained model."""
 
 DATA_HOW = {"root", "num_workers", "download", "cache_bytes"}

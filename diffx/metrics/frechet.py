@@ -8,6 +8,7 @@ invertible.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from diffx.metrics.base import ImageMetric, Observation, no_finite_features
 from diffx.metrics.reference import Reference, too_few
 from diffx.metrics.statistics import Statistics
 from diffx.metrics.values import BLOCKS, Value, bias_at, block_of, jackknifed, unions
+
+_PER_FEATURE = 1.25  # with a block left out there still are more images than features
 
 
 def frechet_distance(images: Statistics, reference: Statistics) -> float:
@@ -49,36 +52,65 @@ class Gaussian(nn.Module):
         self.register_buffer("cov", statistics.cov, persistent=False)
         self._factor: Tensor | None = None
 
+    def smooth(self, moments: Moments) -> bool:
+        """Whether distances of fewer images tell the limit: they are no smooth function of 1/n near n = D."""
+        return len(moments.count) > 1 and int(moments.count.sum()) >= _PER_FEATURE * len(self.mean)
+
+    @property
+    def factor(self) -> Tensor:
+        """L of shape `[D, rank]` with L Lᵀ = Σ₂."""
+        factor = self._factor
+        if factor is None or factor.device != self.cov.device:
+            eigenvalues, eigenvectors = torch.linalg.eigh(self.cov)
+            kept = eigenvalues > eigenvalues.max() * len(eigenvalues) * torch.finfo(self.cov.dtype).eps
+            self._factor = factor = eigenvectors[:, kept] * eigenvalues[kept].sqrt()
+        return factor
+
     def distance(self, n: int | None, mean: Tensor, cov: Tensor) -> float:
         """The squared Fréchet distance of n images with this mean `[D]` and covariance `[D, D]`; NaN if not finite."""
         if not all(x.isfinite().all() for x in (mean, cov, self.mean, self.cov)):
             return math.nan
-        if self._factor is None or self._factor.device != self.cov.device:
-            self._factor = _factor(self.cov)
-        rank = len(cov) if n is None else min(n - 1, len(cov))
-        eigenvalues = torch.linalg.eigvalsh(self._factor.T @ cov @ self._factor)
-        # the root makes 1e-8 of a zero's rounding of 1e-16, and the product of singular covariances has many zeros
-        root = eigenvalues[max(len(eigenvalues) - rank, 0) :].clamp(min=0).sqrt().sum()
-        distance = (mean - self.mean).square().sum() + cov.trace() + self._factor.square().sum() - 2 * root
-        return max(distance.item(), 0.0)
+        rank = len(cov) if n is None else n - 1
+        return self._combined(rank, mean, cov.trace(), self.factor.T @ cov @ self.factor)
 
-    def distances(self, moments: Moments, weights: Tensor) -> Tensor:
-        """The distances of unions of blocks, float64 `[S]`; NaN for a union of fewer than two images.
+    def curve(self, moments: Moments, sizes: Iterable[int]) -> dict[int, Tensor]:
+        """The squared distances of the unions of so many of the G blocks, NaN for unions of fewer than two images.
 
         Arguments:
             moments: the sums over each of G blocks.
-            weights: 1 for the blocks of each union, `[S, G]`.
+            sizes: numbers of blocks.
+
+        Returns:
+            For each size the distances of `unions`, float64 `[G]`, and `[1]` where all blocks are one union.
         """
-        enough = (weights.to(moments.count) @ moments.count) > 1
-        found = [self.distance(*moments.of(w)) if e else math.nan for w, e in zip(weights, enough, strict=True)]
-        return torch.tensor(found, dtype=torch.float64)
+        groups = len(moments.count)
+        if not all(x.isfinite().all() for x in (moments.first, moments.second, self.cov)):
+            return {size: torch.full((1 if size == groups else groups,), math.nan).double() for size in sizes}
+        # sums are linear: Lᵀ Σ₁ L of all unions takes the products for G blocks only
+        factor = self.factor
+        inner = Moments(moments.count, moments.first @ factor, factor.T @ moments.second @ factor, self.mean @ factor)
+        squares = moments.second.diagonal(dim1=1, dim2=2).sum(dim=1)
 
+        def distance(weights: Tensor) -> float:
+            weights = weights.to(moments.count)
+            n, first = weights @ moments.count, weights @ moments.first
+            if n < 2:
+                return math.nan
+            trace = (weights @ squares - first.square().sum() / n) / (n - 1)
+            return self._combined(int(n) - 1, moments.centre + first / n, trace, inner.of(weights)[2])
 
-def _factor(cov: Tensor) -> Tensor:
-    """L of shape `[D, rank]` with L Lᵀ = cov, for a positive semi-definite `cov` of shape `[D, D]`."""
-    eigenvalues, eigenvectors = torch.linalg.eigh(cov)
-    kept = eigenvalues > eigenvalues.max() * len(eigenvalues) * torch.finfo(cov.dtype).eps
-    return eigenvectors[:, kept] * eigenvalues[kept].sqrt()
+        curve = {}
+        for size in sizes:
+            weights = unions(groups, size) if size < groups else torch.ones(1, groups)
+            curve[size] = torch.tensor([distance(row) for row in weights], dtype=torch.float64)
+        return curve
+
+    def _combined(self, rank: int, mean: Tensor, trace: Tensor, inner: Tensor) -> float:
+        eigenvalues = torch.linalg.eigvalsh(inner)
+        # the root makes 1e-8 of a zero's rounding of 1e-16, and the product of singular covariances has many zeros
+        root = eigenvalues[max(len(eigenvalues) - rank, 0) :].clamp(min=0).sqrt().sum()
+        distance = (mean - self.mean).square().sum() + trace + self.factor.square().sum() - 2 * root
+        return max(distance.item(), 0.0)
 
 
 class FrechetDistance(ImageMetric):
@@ -106,11 +138,11 @@ class FrechetDistance(ImageMetric):
     def compute(self) -> list[Value]:
         """One value: the distance of all images seen."""
         moments, groups = held_blocks(self.moments.totals())
-        value = self.gaussian.distances(moments, torch.ones(1, groups)).item()
-        without = self.gaussian.distances(moments, unions(groups, groups - 1))
-        bias, note = extrapolated(self.gaussian, moments, value, without)
+        half = [groups // 2] if self.gaussian.smooth(moments) else []
+        curve = self.gaussian.curve(moments, [groups, groups - 1, *half])
+        value, bias, note = extrapolated(self.gaussian, moments, curve)
         method = f"float64; ± jackknife over {BLOCKS} blocks of images, the reference taken as given"
-        return [jackknifed(self.name, value, without, int(moments.count.sum()), method, note, bias)]
+        return [jackknifed(self.name, value, curve[groups - 1], int(moments.count.sum()), method, note, bias)]
 
 
 class FrechetInfinity(ImageMetric):
@@ -147,19 +179,21 @@ class FrechetInfinity(ImageMetric):
         if groups < BLOCKS or n < 2 * BLOCKS:
             note = f"undefined for {n} images: at least {2 * BLOCKS} are needed, two in each block"
             return [Value(self.name, math.nan, None, n, method, note)]
-        value = self.gaussian.distances(moments, torch.ones(1, groups)).item()
-        without = self.gaussian.distances(moments, unions(groups, groups - 1))
-        curve = {groups: value, groups - 1: without.mean().item()}
-        for size in range(self.least, groups - 1):
-            curve[size] = self.gaussian.distances(moments, unions(groups, size)).mean().item()
-        inverse = torch.tensor([groups / (size * n) for size in curve], dtype=torch.float64)
-        line = torch.stack([torch.ones_like(inverse), inverse], dim=1)
-        heights = torch.tensor(list(curve.values()), dtype=torch.float64)
-        found = torch.linalg.lstsq(line, heights[:, None]).solution[0].item() if heights.isfinite().all() else math.nan
-        bias, note = extrapolated(self.gaussian, moments, value, without)
+        sizes = range(groups, self.least - 1, -1)
+        curve = self.gaussian.curve(moments, {*sizes, groups // 2})
+        value, bias, note = extrapolated(self.gaussian, moments, curve)
+        inverse = torch.tensor([groups / (size * n) for size in sizes], dtype=torch.float64)
+        heights = torch.stack([curve[size].mean() for size in sizes])
+        found = math.nan if value != value else _intercept(inverse, heights)
         # the limit is that of the distance itself, and so are its linear part and what it misses
         bias = None if bias is None else found - (value - bias)
-        return [jackknifed(self.name, found, without + (found - without.mean()), n, method, note, bias)]
+        without = curve[groups - 1] - curve[groups - 1].mean() + found
+        return [jackknifed(self.name, found, without, n, method, note, bias)]
+
+
+def _intercept(x: Tensor, y: Tensor) -> float:
+    slope = torch.cov(torch.stack([x, y]))[0, 1] / x.var()
+    return (y.mean() - slope * x.mean()).item()
 
 
 def held_blocks(moments: Moments) -> tuple[Moments, int]:
@@ -170,23 +204,21 @@ def held_blocks(moments: Moments) -> tuple[Moments, int]:
     return moments, len(moments.count)
 
 
-def extrapolated(gaussian: Gaussian, moments: Moments, value: float, without: Tensor) -> tuple[float | None, str]:
-    """The bias of a Fréchet distance, `None` where there are too few images to tell, and what to say about it."""
-    n, dim = int(moments.count.sum()), len(gaussian.mean)
+def extrapolated(gaussian: Gaussian, moments: Moments, curve: dict[int, Tensor]) -> tuple[float, float | None, str]:
+    """The distance of all images, its bias (`None` where there are too few to tell) and what to say about it."""
+    groups, n, dim = len(moments.count), int(moments.count.sum()), len(gaussian.mean)
+    value = curve[groups].item() if groups else math.nan
     if n < 2:
-        return None, f"undefined for {n} images: at least 2 are needed"
+        return value, None, f"undefined for {n} images: at least 2 are needed"
     if value != value:
-        return None, no_finite_features(value)
+        return value, None, no_finite_features(value)
     _, mean, cov = moments.of(torch.ones_like(moments.count))
     notes = [too_few(n, gaussian.n, dim)]
     if cov.trace() <= 1e-12 * (mean - moments.centre).square().sum():
         notes.append("all images have the same features: the generator has collapsed")
-    # the distance is no smooth function of 1/n where a delete-one-block covariance is singular
-    if n < 1.25 * dim:
-        return None, "; ".join(note for note in notes if note) or (
-            f"{n} images are too few to tell the limit of a distance in {dim} features: at least "
-            f"{math.ceil(1.25 * dim)} are needed"
-        )
-    groups = len(without)
-    halves = gaussian.distances(moments, unions(groups, groups // 2))
-    return bias_at(value, without, halves), "; ".join(note for note in notes if note)
+    if gaussian.smooth(moments):
+        return value, bias_at(value, curve[groups - 1], curve[groups // 2]), "; ".join(filter(None, notes))
+    if n > dim:
+        least = math.ceil(_PER_FEATURE * dim)
+        notes.append(f"{n} images are too few to tell the limit of a distance in {dim} features: take {least}")
+    return value, None, "; ".join(filter(None, notes))

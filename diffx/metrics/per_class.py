@@ -9,7 +9,7 @@ from diffx.metrics.base import ImageMetric, Observation, no_finite_features
 from diffx.metrics.consistency import labels_of
 from diffx.metrics.frechet import Gaussian
 from diffx.metrics.reference import Reference, too_few
-from diffx.metrics.values import BLOCKS, Value, block_of, jackknifed, unions
+from diffx.metrics.values import BLOCKS, Value, block_of, jackknifed
 
 _BYTES = 4 * 2**30
 
@@ -79,10 +79,8 @@ class PerClassFrechet(ImageMetric):
         gaussian = self.gaussians[c]
         assert isinstance(gaussian, Gaussian)
         n = int(mine.count.sum())
-        value = gaussian.distances(mine, torch.ones(1, self.blocks)).item()
-        without = gaussian.distances(
-            mine, unions(self.blocks, self.blocks - 1) if self.blocks > 1 else torch.empty(0, 1)
-        )
+        curve = gaussian.curve(mine, sorted({self.blocks, self.blocks - 1} - {0}))
+        value, without = curve[self.blocks].item(), curve.get(self.blocks - 1, torch.empty(0))
         note = "undefined: at least 2 images are needed" if n < 2 else no_finite_features(value)
         name = f"{self.class_name}_class_{c}"
         return jackknifed(name, value, without, n, method, note or too_few(n, gaussian.n, len(gaussian.mean)))

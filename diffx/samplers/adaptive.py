@@ -24,10 +24,11 @@ class Adaptive(Sampler):
     x_s = (σ_s/σ_t)·x_t + α_s·h·(φ_1(−h)·x̂ + φ_2(−h)·(x̂_n − x̂)·3/2), from which the second-order result differs by
     α_s·h·φ_2(−h)·(x̂_n − 2·x̂_m + x̂)·3/2: the adaptive pair of *DPM-Solver* (arXiv 2206.00927), on x̂ instead of ε̂. A
     step is accepted where √mean((difference/δ)²) ≤ 1, δ = max(atol, rtol·|x|), and the next one is 0.9·error^{−1/3}
-    times as long, sample by sample: Jolicoeur-Martineau et al., *Gotta Go Fast* (arXiv 2105.14080), Alg. 1. The grid's
-    times are all met, so that one step in the grid is enough; a step to the clean end goes down to σ/α = rho_min, from
-    which x̂ is the end. Samples that are done cost nothing: evaluations per sample are a mean, measured by `Counted`.
-    Use it when the right number of steps is not known, or as a reference.
+    times as long, sample by sample: Jolicoeur-Martineau et al., *Gotta Go Fast* (arXiv 2105.14080), Alg. 1. Errors are
+    those of x/√(α² + σ²), so that every schedule takes the same steps in logSNR. The grid's times are all met, one step
+    in the grid is enough; a step to the clean end goes down to σ/α = rho_min, from which x̂ is the end. Samples that are
+    done cost nothing: evaluations per sample are a mean, measured by `Counted`. Use it when the right number of steps
+    is not known, or as a reference.
 
     Arguments:
         rtol: relative tolerance of a step, > 0.
@@ -92,21 +93,23 @@ class Adaptive(Sampler):
         lambdas = torch.cat([at, at + h / 3, at + 2 * h / 3, at + h])
         times, alpha, sigma = (value.chunk(4) for value in _levels(denoiser.schedule, lambdas, dtype))
 
-        def times_tensor(coefficient: Tensor, of: Tensor) -> Tensor:
+        def scaled(coefficient: Tensor, of: Tensor) -> Tensor:
             return expand_as(coefficient, of).to(of.dtype) * of
 
         def first_order(k: int) -> Tensor:
             ratio = sigma[k] / sigma[0]
-            return times_tensor(ratio, x) + times_tensor(alpha[k] - ratio * alpha[0], x_hat)
+            return scaled(ratio, x) + scaled(alpha[k] - ratio * alpha[0], x_hat)
 
         x_hat = denoiser(x, times[0], **cond)
         x_hat_m = denoiser(first_order(1), times[1], **cond)
-        curved = times_tensor(alpha[2] * 4 * h / 3 * phi(2, -2 * h / 3), x_hat_m - x_hat)
+        curved = scaled(alpha[2] * 4 * h / 3 * phi(2, -2 * h / 3), x_hat_m - x_hat)
         x_hat_n = denoiser(first_order(2) + curved, times[2], **cond)
         gain = alpha[3] * 1.5 * h * phi(2, -h)
-        x_s = first_order(3) + times_tensor(gain, x_hat_n - x_hat)
-        difference = times_tensor(gain, x_hat_n - 2 * x_hat_m + x_hat)
-        tolerance = (self.rtol * torch.maximum(x.abs(), x_s.abs())).clamp(min=self.atol)
+        x_s = first_order(3) + scaled(gain, x_hat_n - x_hat)
+        before, after = (1 / torch.hypot(alpha[k], sigma[k]) for k in (0, 3))
+        difference = scaled(after * gain, x_hat_n - 2 * x_hat_m + x_hat)
+        size = torch.maximum(scaled(before, x.abs()), scaled(after, x_s.abs()))
+        tolerance = (self.rtol * size).clamp(min=self.atol)
         return x_s, (difference / tolerance).double().square().flatten(1).mean(1).sqrt()
 
 

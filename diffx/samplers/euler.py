@@ -15,9 +15,9 @@ class Euler(Sampler):
 
     x_s = x_t + (s − t)·dx/dt, with dx/dt = α̇·x̂ + σ̇·(x_t − α·x̂)/σ. Song et al. (arXiv 2011.13456), Eq. 13; Karras et al.
     (arXiv 2206.00364), Eq. 4. On the EDM and flow schedules it equals DDIM with η = 0, which is Euler's method in x/α
-    and σ/α on every schedule; elsewhere it pays for the curvature of α(t) and σ(t) as well, heavily where σ grows
-    geometrically (`ve`). A step to the clean end is x̂ itself. Use it when a flow-matching model is sampled, or when the
-    effect of a schedule's own time is the question.
+    and σ/α on every schedule. Elsewhere few steps give other samples: a schedule's own time is a poor variable where σ
+    grows geometrically (`ve`), and may be a good one where the variance is preserved. A step to the clean end is x̂
+    itself. Use it when a flow-matching model is sampled, or when the effect of a schedule's own time is the question.
     """
 
     order = 1

@@ -17,8 +17,8 @@ class Heun(Sampler):
     The trapezoidal rule with Euler's step as predictor. Karras et al., *Elucidating the Design Space of Diffusion-Based
     Generative Models* (arXiv 2206.00364), Alg. 1. Two denoiser calls per step, one in a step to the clean end, which is
     x̂ itself. The paper's choice of time is the `EDM` schedule's, where it equals `EDMHeun`, which is Heun's method in
-    x/α and σ/α on every schedule, and better than this one off the straight schedules. Use it when a flow-matching
-    model is sampled, or when the effect of a schedule's own time is the question.
+    x/α and σ/α on every schedule: much better than this one where σ grows geometrically (`ve`). Use it when a
+    flow-matching model is sampled, or when the effect of a schedule's own time is the question.
     """
 
     order = 2

@@ -13,6 +13,9 @@ from torch import Tensor
 TERMS = 18
 """Terms of the power series: with |h| < 1 the rest is below float64's rounding."""
 
+RECIPROCAL = [1 / math.factorial(n) for n in range(TERMS + 8)]
+"""1/n!."""
+
 
 def exp(value: float | Tensor) -> Any:
     """The exponential of a number or a tensor."""
@@ -40,14 +43,14 @@ def phi(k: int, h: float | Tensor) -> Any:
 def _series(k: int, h: Any) -> Any:
     value = 0.0
     for j in reversed(range(TERMS)):
-        value = value * h + 1 / math.factorial(j + k)
+        value = value * h + RECIPROCAL[j + k]
     return value
 
 
 def _recursion(k: int, h: Any) -> Any:
     value = exp(h)
     for j in range(k):
-        value = (value - 1 / math.factorial(j)) / h
+        value = (value - RECIPROCAL[j]) / h
     return value
 
 
