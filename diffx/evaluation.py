@@ -86,12 +86,14 @@ class Measured:
         omitted: metrics that these ingredients do not allow, with the reason.
         seconds: `sampling`, `extraction` and `rest`.
         metrics: the metrics themselves, for pictures of what they found.
+        made: the number of samples that this process has made, those of an earlier session left out.
     """
 
     values: dict[str, Value]
     omitted: dict[str, str]
     seconds: dict[str, float]
     metrics: ImageMetrics
+    made: int = 0
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing has gone wrong)
@@ -203,6 +205,7 @@ class Evaluator:
         batches = generator.batches(total, self.batch_size, device, rank, world_size, first)
         per_round = self.batch_size * world_size
         saved = done = first
+        made = 0
         clock.lap("rest")
         # a round is a batch on every rank: after it samples 0 … done − 1 are measured, whoever measured them
         for _ in range(math.ceil((total - first) / per_round)):
@@ -210,6 +213,7 @@ class Evaluator:
             clock.lap("sampling")
             if batch is not None:
                 metrics.update(batch.images, batch.label if generator.num_classes else None, batch.index)
+                made += len(batch.index)
             clock.lap("extraction")
             done = min(done + per_round, total)
             if on_batch is not None:
@@ -223,7 +227,7 @@ class Evaluator:
             clock.lap("rest")
         values = metrics.compute()
         clock.lap("rest")
-        return Measured(values, omitted, clock.seconds, metrics)
+        return Measured(values, omitted, clock.seconds, metrics, made)
 
     def measure(self, images: Images) -> Measured:
         """Measures images instead of samples, all of them in their order."""

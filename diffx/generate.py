@@ -58,8 +58,11 @@ class Generator:
         return self.discretization(self.denoiser.schedule, self.steps)
 
     @property
-    def nfe(self) -> int:
-        """Denoiser calls per sample; guidance that needs two networks calls each of them as often."""
+    def nfe(self) -> int | None:
+        """Denoiser calls per sample, None where the sampler finds its steps itself (`diffx.samplers.Counted` counts).
+
+        Guidance that needs two networks calls each of them as often.
+        """
         return self.sampler.nfe(self.steps)
 
     def labels(self, index: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from diffx.cli.build import Arm, asked, build
 from diffx.cli.compose import as_dict, parse
 from diffx.cli.figures import nfe_pictures
 from diffx.cli.launch import launch
-from diffx.cli.measure import Stopped, cell, evaluate, table
+from diffx.cli.measure import Stopped, cell, evaluate, nfe_of, table
 from diffx.cli.sample import announce, device_of
 from diffx.cli.trained import Task, tasks
 from diffx.denoisers import Denoiser
@@ -104,7 +104,7 @@ def _evaluate(found: list[Task], console: Console, device: torch.device, rank: i
     for k, task in enumerate(found):
         if len(found) > 1:
             shown = " ".join([f"run={task.run.path}" if len({t.run.path for t in found}) > 1 else "", *task.overrides])
-            console.print(f"\\[{k + 1}/{len(found)}] {shown.strip()}", highlight=False, soft_wrap=True)
+            console.print(f"[{k + 1}/{len(found)}] {shown.strip()}", highlight=False, soft_wrap=True, markup=False)
         if arm is None or loaded is None or loaded[0] is not task.run:
             arm, loaded = build(task.config), None
             arm.source.check()
@@ -139,7 +139,7 @@ def summary(done: list[tuple[Task, Evaluation]]) -> Table:
     marked.
     """
     axes = _axes([task for task, _ in done])
-    metrics = [name for name in done[0][1].values if not name.endswith(("_floor", "_noise", "_heldout"))]
+    metrics = [name for name in done[0][1].values if not name.endswith(("_floor", "_noise", "_heldout", "nfe"))]
     leading = next((name for name in metrics if name.startswith(("fid", "fd_"))), None)
     rows = [evaluation.values for _, evaluation in done]
     candidates = [row[leading] for row in rows if leading in row] if leading else []
@@ -151,12 +151,12 @@ def summary(done: list[tuple[Task, Evaluation]]) -> Table:
         shown.add_column(name, justify="right", no_wrap=True)
     if best is not None:
         shown.add_column(f"{leading} − best")
-        shown.caption = "± and […]: one standard error and 95 % interval; ≈ not distinguishable from the best at this n"
+        shown.caption = "± one standard error; […] 95 % interval of the paired difference for n → ∞; ≈ not distinguishable at this n"
     for (_, evaluation), *cells in zip(done, *axes.values(), strict=True):
         values = [evaluation.values.get(name) for name in metrics]
         texts = ["" if value is None else cell(value) for value in values]
         verdict = [_verdict(evaluation, leading, best)] if best is not None else []
-        shown.add_row(*cells, str(evaluation.protocol["nfe"]), *texts, *verdict)
+        shown.add_row(*cells, f"{nfe_of(evaluation):.4g}", *texts, *verdict)
     return shown
 
 
@@ -198,7 +198,7 @@ def _draw(done: list[tuple[Task, Evaluation]], console: Console) -> None:
         axes = _axes([task for task, _ in points])
         axes.pop("sampler.steps", None)
         names = [" ".join(cells) for cells in zip(*axes.values(), strict=True)] or [""] * len(points)
-        for file in nfe_pictures([evaluation for _, evaluation in points], names, points[0][0].run.evaluations):
+        for file in nfe_pictures([(e, nfe_of(e)) for _, e in points], names, points[0][0].run.evaluations):
             console.print(f"plot        {file}", highlight=False, soft_wrap=True)
 
 

@@ -46,26 +46,26 @@ def progress_pictures(run: Run) -> dict[str, Path]:
     return found
 
 
-def nfe_pictures(evaluations: list[Evaluation], names: list[str], directory: Path) -> list[Path]:
+def nfe_pictures(evaluations: list[tuple[Evaluation, float]], names: list[str], directory: Path) -> list[Path]:
     """Each metric over the number of function evaluations, with a line for each way to sample.
 
     Arguments:
-        evaluations: what was measured.
+        evaluations: what was measured, with the NFE of each.
         names: what each was called, without what makes the NFE.
         directory: where the pictures go.
 
     Returns:
         The files; none where all have the same NFE.
     """
-    if len({evaluation.protocol["nfe"] for evaluation in evaluations}) < 2:
+    if len({nfe for _, nfe in evaluations}) < 2:
         return []
     found = []
-    for metric in evaluations[0].values:
+    for metric in (name for name in evaluations[0][0].values if name != "nfe"):
         curves: dict[str, list[tuple[float, float, float | None]]] = {}
-        for name, evaluation in zip(names, evaluations, strict=True):
+        for name, (evaluation, nfe) in zip(names, evaluations, strict=True):
             if metric in evaluation.values and "_floor" not in metric and "_noise" not in metric:
                 value = evaluation.values[metric]
-                curves.setdefault(name, []).append((evaluation.protocol["nfe"], value.value, value.stderr))
+                curves.setdefault(name, []).append((nfe, value.value, value.stderr))
         if curves:
             found.append(directory / f"{metric}-over-nfe.png")
             lines = {name: Curve(*zip(*sorted(points), strict=True)) for name, points in curves.items()}

@@ -4,7 +4,7 @@ import hashlib
 import platform
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from diffx.experiment.identity import INFERENCE
 from diffx.experiment.record import command_line
 from diffx.generate import Generator
 from diffx.metrics import Value
+from diffx.samplers import Counted
 from diffx.utils.signals import StopSignal
 
 
@@ -112,6 +113,9 @@ def evaluate(
     config = arm.config
     arm.evaluator.check()
     generator = arm.generator(denoiser.to(device).eval())
+    counted = Counted(generator.denoiser)
+    if generator.nfe is None:
+        generator = replace(generator, denoiser=counted)
     total = config["evaluation"]["num_samples"]
     protocol, digest = protocol_of(arm, generator, step, run)
     file = run.evaluations / f"step={step:08d}-{digest}.json"
@@ -123,7 +127,7 @@ def evaluate(
         StopSignal() as asked,
         Progress(*_COLUMNS, console=console, disable=not console.is_terminal, transient=True) as bar,
     ):
-        task = bar.add_task(f"evaluate ({total} samples, NFE {generator.nfe})", total=total)
+        task = bar.add_task(f"evaluate ({total} samples, NFE {generator.nfe or 'adaptive'})", total=total)
         try:
             measured = arm.evaluator(
                 generator,
@@ -138,6 +142,9 @@ def evaluate(
         except Interrupted as interrupted:
             raise Stopped(asked.number or signal.SIGTERM, interrupted.done) from None
     values = measured.values | arm.evaluator.baselines(rank, world_size)
+    if counted.calls:
+        nfe = counted.samples / max(measured.made, 1)  # others' samples take as many on average
+        values["nfe"] = Value("nfe", nfe, None, total, "denoiser calls per sample, counted")
     if config["likelihood"]:
         module, wanted = arm.module.to(device), config["evaluation"]["likelihood_images"]
         parts = (make(config, "likelihood"), denoiser, module.autoencoder, module.conditioner.eval())
@@ -185,7 +192,7 @@ def table(evaluation: Evaluation) -> Table:
         made = f"{protocol['num_samples']} images of {protocol['images']}"
     else:
         of = f"{protocol['weights']} at step {protocol['step']}"
-        made = f"{protocol['num_samples']} samples of {of}, NFE {protocol['nfe']}"
+        made = f"{protocol['num_samples']} samples of {of}, NFE {nfe_of(evaluation):.4g}"
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in evaluation.seconds.items() if value >= 0.05)
     notes = [f"{value.name}: {value.note}" for value in evaluation.values.values() if value.note]
     notes += [f"not measured: {name} ({why})" for name, why in evaluation.omitted.items()]
@@ -203,6 +210,12 @@ def table(evaluation: Evaluation) -> Table:
         limit = "" if value.interval is None else f"{value.interval[0]:.4g} … {value.interval[1]:.4g}"
         shown.add_row(value.name, f"{value.value:.4g}", error, limit, str(value.n))
     return shown
+
+
+def nfe_of(evaluation: Evaluation) -> float:
+    """Denoiser calls per sample: those that the settings say, or those counted of an adaptive sampler."""
+    said = evaluation.protocol["nfe"]
+    return evaluation.values["nfe"].value if said is None else said
 
 
 def best_device(accelerator: str) -> str:

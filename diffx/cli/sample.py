@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffx.cli.trained import Task, tasks
 from diffx.experiment import Run, fingerprint
 from diffx.generate import Generated, Generator
 from diffx.pictures import grid, png_bytes, save_trajectory, write_png
+from diffx.samplers import Counted
 from diffx.training.weights import load_weights
 from diffx.utils import DiffxError, atomic_path
 
@@ -50,8 +52,10 @@ def sample(task: Task) -> None:
     denoiser, _ = load_weights(arm.module.ema, config["weights"], run.weights.parent, run.newest_checkpoint()[0])
     device = torch.device(device_of(config))
     generator = arm.generator(denoiser.to(device).eval())
-    number = _write(generator, config, device, out, console)
-    console.print(f"{number} samples, NFE {generator.nfe}: {out}", highlight=False, soft_wrap=True)
+    counted = Counted(generator.denoiser)
+    number = _write(replace(generator, denoiser=counted), config, device, out, console)
+    nfe = counted.samples / number if generator.nfe is None else generator.nfe
+    console.print(f"{number} samples, NFE {nfe:.4g}: {out}", highlight=False, soft_wrap=True)
 
 
 def announce(config: dict[str, Any], console: Console) -> None:
