@@ -144,8 +144,13 @@ class Evaluator:
         """The split that is the reference; None if a file is."""
         return _SPLITS.get(self.reference)
 
-    def check(self) -> None:
+    def check(self, total: int = 0) -> None:
         """Finds what would fail after hours of training: missing weights, images the extractor cannot take.
+
+        Warns of fewer images than the features ask for.
+
+        Arguments:
+            total: the number of images that will be measured.
 
         Raises:
             DiffxError: with the remedy.
@@ -153,6 +158,8 @@ class Evaluator:
         self.extractor.check(self.source.channels, self.source.image_size)
         if self.split is None:
             self._published().check(self.extractor)
+        if total and self.extractor.dim:
+            self.references(total).check()
 
     def references(self, total: int) -> Reference:
         """What `total` samples are compared with; its ingredients are computed at first need, and kept."""

@@ -189,7 +189,7 @@ def check(arm: Arm) -> None:
     # what fits into memory is decoded now, so that a corrupt file is found before anything is written
     arm.source.split("train")
     if config["evaluation"]["num_samples"] or config["evaluation"]["interim_samples"]:
-        arm.evaluator.check()
+        arm.evaluator.check(config["evaluation"]["num_samples"])
     averages = arm.module.ema.named()
     if config["weights"] == "best" and config["checkpoint"]["monitor"] is None:
         raise DiffxError("weights=best needs a metric that decides: set checkpoint.monitor=METRIC, such as fd_digits")

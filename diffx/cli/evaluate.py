@@ -151,7 +151,7 @@ def summary(done: list[tuple[Task, Evaluation]]) -> Table:
         shown.add_column(name, justify="right", no_wrap=True)
     if best is not None:
         shown.add_column(f"{leading} − best")
-        shown.caption = "± one standard error; […] 95 % interval of the paired difference for n → ∞; ≈ not distinguishable at this n"
+        shown.caption = "± one standard error; […] 95 % of the paired difference for n → ∞; ≈ not distinguishable"
     for (_, evaluation), *cells in zip(done, *axes.values(), strict=True):
         values = [evaluation.values.get(name) for name in metrics]
         texts = ["" if value is None else cell(value) for value in values]

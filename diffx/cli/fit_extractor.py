@@ -15,7 +15,7 @@ from diffx.data.base import SplitName
 from diffx.metrics import fit_classifier
 from diffx.utils import DiffxError
 
-KEYS: dict[str, Any] = {"out": None, "min_accuracy": 0.97, "epochs": 60, "seed": 0}
+KEYS: dict[str, Any] = {"out": None, "min_accuracy": 0.97, "epochs": None, "seed": 0}
 
 
 def main(argv: list[str]) -> int:

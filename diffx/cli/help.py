@@ -125,9 +125,10 @@ examples:
 FIT_EXTRACTOR = """\
 diffx fit-extractor: fit the small classifier that fd_<name>, is_<name> and class_consistency stand on.
 
-usage: diffx fit-extractor data=CHOICE [data.KEY=VALUE …] [out=FILE] [min_accuracy=0.97] [epochs=60] [seed=0]
+usage: diffx fit-extractor data=CHOICE [data.KEY=VALUE …] [out=FILE] [min_accuracy=0.97] [epochs=null] [seed=0]
 
-It is trained on the training split, tested on the held-out one, and not saved below min_accuracy.
+It is trained on the training split (4 to 60 passes, by its size, unless epochs says otherwise), tested on the held-out
+one, and not saved below min_accuracy.
 
 examples:
   diffx fit-extractor data=fashion_mnist min_accuracy=0.9 epochs=5 out=fashion_mnist.safetensors

@@ -51,7 +51,7 @@ TOP_LEVEL: dict[str, Any] = {
     "repeat": str | None,
     "trajectory": bool,
     "min_accuracy": float,
-    "epochs": int,
+    "epochs": int | None,
     "iterations": int,
 }
 """The types of the keys that no constructor takes."""

@@ -47,8 +47,8 @@ class ClassConsistency(ImageMetric):
         labels = labels_of(seen, self.name)
         asked = (labels >= 0) & (labels < self.num_classes)
         hits = asked & (seen.logits.argmax(dim=1) == labels)
-        block = torch.nn.functional.one_hot(block_of(seen.index), BLOCKS)
-        self.sums.update(count=asked.long() @ block, hits=hits.long() @ block)
+        block = torch.nn.functional.one_hot(block_of(seen.index), BLOCKS).to(torch.float64)
+        self.sums.update(count=asked.to(block) @ block, hits=hits.to(block) @ block)
 
     def compute(self) -> list[Value]:
         """One value between 0 and 1."""
