@@ -60,6 +60,7 @@ def images_of(n: int, channels: int = 3, size: int = 32) -> Tensor:
 
 def _extraction(quick: bool, clock: Clock) -> Case:
     from torch_fidelity import calculate_metrics
+    from torchmetrics.image.fid import NoTrainInceptionV3
     from torchmetrics.image.inception import InceptionScore as TorchmetricsScore
 
     n = BATCH if quick else 2 * BATCH
@@ -67,7 +68,8 @@ def _extraction(quick: bool, clock: Clock) -> Case:
     inception = Inception(weights, check_hash=False)
     identity = Statistics(torch.zeros(2048, dtype=torch.float64), torch.eye(2048, dtype=torch.float64))
     reference = Reference(inception, None, n, statistics=identity)
-    torchmetrics_score = TorchmetricsScore(feature="logits_unbiased", feature_extractor_weights_path=weights)
+    network = NoTrainInceptionV3("inception", ["logits_unbiased"], weights)
+    torchmetrics_score = TorchmetricsScore(feature=network)
 
     class Plain(torch.utils.data.Dataset[Tensor]):
         def __len__(self) -> int:
