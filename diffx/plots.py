@@ -54,7 +54,10 @@ def plot_curves(
         axes.errorbar(curve.x, curve.y, yerr=errors, marker="o", markersize=4, capsize=3, linewidth=1.4, label=name)
     if log_x:
         axes.set_xscale("log")
-        ticks = sorted({x for curve in curves.values() for x in curve.x})
+        ticks: list[float] = []
+        for x in sorted({x for curve in curves.values() for x in curve.x}):
+            if not ticks or x > 1.2 * ticks[-1]:  # labels would run into each other
+                ticks.append(x)
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
     if log_y:

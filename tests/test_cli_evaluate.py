@@ -248,3 +248,21 @@ def test_mistakes_get_one_sentence(capsys, tmp_path, monkeypatch, mistake):
     code, _, err = run(capsys, *argv)
     assert code == 2 and expected in err and err.count("\n") == 1, err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_values_by_different_rulers_are_not_compared(capsys, several):
+    argv = ["evaluate", "-m", f"run={several[0]}", "evaluation.reference=train,test", "metrics=[fd]"]
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    assert out.count("measured otherwise: not comparable") == 1
+
+
+@pytest.mark.parametrize("likelihood", ["continuous", "discrete", "flow"])
+def test_bits_per_dimension_are_measured_where_asked_for(capsys, several, likelihood):
+    small = {"continuous": ["likelihood.draws=2"], "discrete": ["likelihood.draws=2", "likelihood.steps=10"]}
+    argv = [f"likelihood={likelihood}", *small.get(likelihood, ["likelihood.rtol=0.01", "likelihood.atol=0.01"])]
+    code, _, err = run(capsys, "evaluate", f"run={several[0]}", *argv, "evaluation.likelihood_images=4", "metrics=[fd]")
+    assert code == 0, err
+    (record,) = (r for r in records(several[0]).values() if likelihood in str(r.settings["likelihood"]).lower())
+    value = record.values["bpd"]
+    assert value.n == 4 and value.value > 0 and value.stderr > 0

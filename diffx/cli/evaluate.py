@@ -141,9 +141,9 @@ def summary(done: list[tuple[Task, Evaluation]]) -> Table:
     axes = _axes([task for task, _ in done])
     metrics = [name for name in done[0][1].values if not name.endswith(("_floor", "_noise", "_heldout", "nfe"))]
     leading = next((name for name in metrics if name.startswith(("fid", "fd_"))), None)
-    rows = [evaluation.values for _, evaluation in done]
-    candidates = [row[leading] for row in rows if leading in row] if leading else []
-    best = min((v for v in candidates if math.isfinite(v.value)), key=lambda value: value.value, default=None)
+    found = [evaluation for _, evaluation in done if leading in evaluation.values]
+    finite = [evaluation for evaluation in found if leading and math.isfinite(evaluation.values[leading].value)]
+    best = min(finite, key=lambda evaluation: evaluation.values[leading or ""].value, default=None)
     shown = Table(title_justify="left", caption_justify="left")
     for column in (*axes, "NFE"):
         shown.add_column(column)
@@ -160,15 +160,30 @@ def summary(done: list[tuple[Task, Evaluation]]) -> Table:
     return shown
 
 
-def _verdict(evaluation: Evaluation, leading: str | None, best: Any) -> str:
+_RULER = (
+    "extractor",
+    "weights_hash",
+    "preprocessing",
+    "quantization",
+    "reference",
+    "metrics",
+    "num_samples",
+    "sample_seed",
+)
+"""What measures, of a protocol; the rest is what is measured. Values by different rulers are not compared."""
+
+
+def _verdict(evaluation: Evaluation, leading: str | None, best: Evaluation) -> str:
     value = evaluation.values.get(leading or "")
     if value is None:
         return ""
-    if value is best:
+    if evaluation is best:
         return "best"
+    if any(evaluation.protocol[key] != best.protocol[key] for key in _RULER):
+        return "measured otherwise: not comparable"
     try:
-        effect = paired(value, best)
-    except DiffxError:  # other numbers of samples
+        effect = paired(value, best.values[leading or ""])
+    except DiffxError:  # too few images for a standard error
         return ""
     low, high = effect.interval
     return f"{effect.difference:+.3g} [{low:.3g}, {high:.3g}]" + ("" if effect.distinguishable else " ≈")
