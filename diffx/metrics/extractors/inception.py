@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffx.metrics.extractors.base import Extractor, check_grey_or_rgb
 from diffx.metrics.extractors.weights import find_weights, is_published, sha256_of
@@ -49,8 +50,8 @@ class Inception(Extractor):
         self._published = is_published("Inception", path, self._weights_hash, _SHA256, check_hash)
         self.name = "inception" if self._published else "inception_other"
         self.paper_names = _PAPER_NAMES if self._published else {}
-        # several times faster on a CPU; the same numbers up to rounding
-        self.network = _load(path).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # half as fast again on a CPU; the same numbers up to rounding
+        self.network = _fused(_load(path)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features `[B, 2048]` and logits `[B, 1008]` of uint8 images `[B, 1 or 3, H, W]`."""
@@ -91,3 +92,14 @@ def _load(path: Path) -> nn.Module:
         return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise DiffxError(f"'{path}' holds the weights of another network: {advice}") from error
+
+
+def _fused(network: nn.Module) -> nn.Module:
+    """The network with each batch norm folded, in float64, into the convolution before it."""
+    for block in network.modules():
+        conv, norm = getattr(block, "conv", None), getattr(block, "bn", None)
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            dtype = conv.weight.dtype
+            block.conv = fuse_conv_bn_eval(conv.eval().double(), norm.eval().double()).to(dtype)
+            block.bn = nn.Identity()
+    return network
