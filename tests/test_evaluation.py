@@ -212,7 +212,7 @@ def test_a_damaged_snapshot_is_told_and_the_evaluation_starts_anew(tmp_path, dam
 
 
 def test_a_full_disk_costs_the_snapshot_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffx.evaluation.save_file", partial(_no_space))
+    monkeypatch.setattr("diffx.evaluation.evaluator.save_file", partial(_no_space))
     with pytest.warns(UserWarning, match="goes on without a snapshot"):
         values = evaluator_of("fd", save_every=7)(generator(), 20, snapshot=tmp_path / "s.safetensors").values
     assert values["fd_digits"].n == 20 and list(tmp_path.iterdir()) == []

@@ -1,8 +1,4 @@
-"""From a generator to numbers: the same code for the callback in training and for `diffx evaluate`.
-
-A number is stored with its protocol: whatever changes the value is named beside it, and numbers of different protocols
-have different fingerprints.
-"""
+"""From a generator to numbers: the same code for the callback in training and for `diffx evaluate`."""
 
 import hashlib
 import json
@@ -10,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,61 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffx.autoencoders import Autoencoder
-from diffx.conditioning import Conditioner
 from diffx.data import DataSource, Images
 from diffx.data.base import SplitName
-from diffx.denoisers import Denoiser
 from diffx.generate import Generator
-from diffx.likelihood import Likelihood
 from diffx.metrics import Extractor, ImageMetric, ImageMetrics, Inapplicable, Reference, Statistics, Value
-from diffx.utils import DiffxError, Keys, atomic_path, write_text
+from diffx.utils import DiffxError, Keys, atomic_path
 
 MakeMetric = Callable[[Reference], ImageMetric]
 """What `configs/metrics/*.yaml` build."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The values of one evaluation with their protocol.
-
-    Arguments:
-        values: metrics by name.
-        protocol: all that the values depend on, JSON-like.
-        fingerprint: the hash of the protocol, without the checkpoint's step and the training seed.
-        seconds: `sampling`, `extraction` (metrics included) and `rest`, on the slowest path of this process.
-        omitted: metrics that could not be measured, with the reason.
-        settings: the parts of the config that were asked for, from which the evaluation can be repeated.
-        command: what to type to repeat it.
-        environment: device, number of processes, versions, commit: what should not matter, but may.
-    """
-
-    values: dict[str, Value]
-    protocol: dict[str, Any]
-    fingerprint: str
-    seconds: dict[str, float]
-    omitted: dict[str, str] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    command: str = ""
-    environment: dict[str, Any] = field(default_factory=dict)
-
-    def save(self, path: Path) -> None:
-        """Writes one JSON file, whole or not at all."""
-        write_text(path, json.dumps(asdict(self), indent=1, default=str) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> "Evaluation":
-        """Reads what `save` wrote.
-
-        Raises:
-            DiffxError: if the file is damaged.
-        """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            values = {name: _value(value) for name, value in content.pop("values").items()}
-            return cls(values=values, **content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DiffxError(f"the evaluation '{path}' is damaged ({error}); delete it and evaluate again") from error
 
 
 @dataclass(frozen=True)
@@ -357,49 +306,6 @@ class Evaluator:
             return 0
 
 
-def bits_per_dim(
-    likelihood: Likelihood,
-    denoiser: Denoiser,
-    autoencoder: Autoencoder,
-    conditioner: Conditioner,
-    images: Images,
-    total: int,
-    batch_size: int,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-) -> Value:
-    """How many bits per dimension the model needs for images, mean and standard error over them.
-
-    Arguments:
-        likelihood: the bound, or the exact likelihood of the probability flow.
-        denoiser: the model itself, neither guided nor thresholded.
-        autoencoder: gives what the model models.
-        conditioner: gives the conditions.
-        images: a split that was not trained on.
-        total: how many of them, the first ones.
-        batch_size: images per batch on each rank.
-        device: where to compute.
-        rank: this process.
-        world_size: number of processes; all of them have to call it.
-        seed: the seed of times, noise and probes.
-    """
-    total, bits = min(total, len(images)), []
-    for index in torch.arange(total)[rank::world_size].split(batch_size):
-        batch = {name: value.to(device) for name, value in images.get(index).items()}
-        x, keys = autoencoder.encode(batch), Keys(seed, index.to(device))
-        nats = likelihood(denoiser, x, keys, **conditioner({"label": batch["label"]}))["nats"]
-        bits.append(nats.double() / (x[0].numel() * math.log(2)))
-    flat = torch.cat(bits) if bits else torch.empty(0, dtype=torch.float64, device=device)
-    sums = torch.stack([flat.sum(), flat.square().sum()])
-    if world_size > 1:
-        dist.all_reduce(sums)
-    mean = (sums[0] / total).item()
-    stderr = math.sqrt(max(sums[1].item() / total - mean**2, 0.0) / max(total - 1, 1))
-    return Value("bpd", mean, stderr, total, f"{type(likelihood).__name__}; ± standard error over images")
-
-
 _SPLITS: dict[str, SplitName] = {"train": "train", "test": "test"}
 
 
@@ -408,12 +314,6 @@ def in_batches(images: Images, batch_size: int, total: int | None = None) -> Ite
     count = len(images) if total is None else min(total, len(images))
     for indices in torch.arange(count).split(batch_size):
         yield images.get(indices)["x"]
-
-
-def _value(content: dict[str, Any]) -> Value:
-    # JSON knows lists only
-    plain: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in content.items()}
-    return Value(**plain)
 
 
 class _Clock:
