@@ -109,7 +109,7 @@ def trained(root, *overrides, action=None, console=None):
     arm, run = arm_and_run(root, *overrides)
     if action is not None:
         after_each_batch(arm, action)
-    return execute(arm, run, console or Console(file=io.StringIO())), arm, run
+    return execute(arm, run, console or Console(file=io.StringIO()), run.resume_from()), arm, run
 
 
 def checkpoint_of(run, step=None):
@@ -373,7 +373,7 @@ def test_ema_is_the_recurrence_once_per_optimizer_step(tmp_path, warmup):
             steps.append([p.detach().double() for p in module.denoiser.parameters()])
 
     after_each_batch(arm, look)
-    execute(arm, run, Console(file=io.StringIO()))
+    execute(arm, run, Console(file=io.StringIO()), None)
     assert len(steps) == 24
     expected = initial
     for n, weights in enumerate(steps, start=1):
@@ -442,7 +442,7 @@ def test_where_it_runs_and_logs_leaves_no_trace_in_the_weights(tmp_path):
     how = ["log_every_n_steps=5", "checkpoint.every_n_steps=3", "progress_bar=true", "trainer=auto"]
     arm, run = arm_and_run(tmp_path / "b", "backbone.dropout=0.3", *how, "trainer.accelerator=cpu")
     torch.rand(7)  # the global generator stands elsewhere
-    execute(arm, run, Console(file=io.StringIO()))
+    execute(arm, run, Console(file=io.StringIO()), None)
     assert_identical(checkpoint_of(run)["state_dict"], checkpoint_of(reference)["state_dict"])
 
 
@@ -507,7 +507,7 @@ def test_bf16_keeps_float32_weights(tmp_path):
     inside = []
     arm.module.denoiser.backbone.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
     initial = copy.deepcopy(arm.module.denoiser.state_dict())
-    execute(arm, run, Console(file=io.StringIO()))
+    execute(arm, run, Console(file=io.StringIO()), None)
     assert set(inside) == {torch.bfloat16}
     saved = checkpoint_of(run)
     for tensor in [*saved["state_dict"].values(), *_tensors(saved["optimizer_states"])]:
@@ -554,7 +554,7 @@ def held_out_loss(arm):
 def test_training_learns(tmp_path, backbone):
     arm, run = arm_and_run(tmp_path, f"backbone={backbone}", "training.max_steps=60", "data.batch_size=32")
     before = held_out_loss(arm)
-    execute(arm, run, Console(file=io.StringIO()))
+    execute(arm, run, Console(file=io.StringIO()), None)
     assert held_out_loss(arm) < 0.8 * before
     losses = [float(row["loss"]) for row in metrics_of(run)]
     assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
@@ -612,7 +612,7 @@ def test_the_optimizer_follows_the_schedule(tmp_path):
         return optimizer
 
     arm.module.make_optimizer = spied
-    execute(arm, run, Console(file=io.StringIO()))
+    execute(arm, run, Console(file=io.StringIO()), None)
     base = arm.config["optimizer"]["lr"]
     expected = [min(1, (k + 1) / 2) * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
     assert used == pytest.approx([base * factor for factor in expected])
@@ -647,7 +647,7 @@ def test_the_log_holds_the_means_of_its_windows(tmp_path):
     arm.module.training_step = spied
     arm.module.on_before_optimizer_step = lambda optimizer: norms.append(norm(arm.module))
     after_each_batch(arm, lambda module, count: clipped.append(norm(module)) if count % 2 == 0 else None)
-    execute(arm, run, Console(file=io.StringIO()))
+    execute(arm, run, Console(file=io.StringIO()), None)
 
     rows = metrics_of(run)
     assert [int(row["step"]) for row in rows] == [4, 8, 12]

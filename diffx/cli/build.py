@@ -165,8 +165,12 @@ def rescheduled(config: Config) -> bool:
     return "trained_schedule" in config and config["trained_schedule"] != config["schedule"]
 
 
-def check(arm: Arm) -> None:
+def check(arm: Arm, here: bool = True) -> None:
     """Finds what would fail later, before a GPU is taken.
+
+    Arguments:
+        arm: the arm.
+        here: whether it is to run on this machine, so that its devices are looked for.
 
     Raises:
         DiffxError: for missing or corrupt data, missing weights, a batch that cannot be shared evenly, an
@@ -178,9 +182,9 @@ def check(arm: Arm) -> None:
         world_size=trainer["devices"] * trainer["num_nodes"],
         accumulate=trainer["accumulate_grad_batches"],
     )
-    if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
+    if here and trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise DiffxError("there is no GPU here, or torch does not see it; set trainer=cpu, or check nvidia-smi")
-    if trainer["accelerator"] == "gpu" and trainer["devices"] > torch.cuda.device_count():
+    if here and trainer["accelerator"] == "gpu" and trainer["devices"] > torch.cuda.device_count():
         raise DiffxError(
             f"trainer.devices={trainer['devices']}, but this machine has {torch.cuda.device_count()}; ask for fewer"
         )

@@ -71,8 +71,17 @@ def parse(argv: list[str]) -> Arguments:
         elif "=" not in word and not word.startswith("~"):
             raise DiffxError(f"'{word}' is no setting; write KEY=VALUE or GROUP=CHOICE, such as schedule=cosine")
         else:
-            arguments.overrides.append(_quoted(word))
+            arguments.overrides.append(_quoted(_launcher(word)))
     return arguments
+
+
+def _launcher(word: str) -> str:
+    """`hydra/launcher=slurm` as the group `launcher` that it means, which the frozen config keeps.
+
+    Launchers of Hydra's plugins are left to Hydra.
+    """
+    group, _, choice = word.partition("=")
+    return f"launcher={choice}" if group == "hydra/launcher" and choice in groups()["launcher"] else word
 
 
 def as_dict(overrides: list[str]) -> dict[str, str]:
@@ -228,11 +237,12 @@ def multirun(
     points = sweep_points(arguments.overrides, name, arguments)
     for point in points:
         check(point)
-    codes: list[int] = []
+    total = len(points)
 
     def one(config: DictConfig) -> int:
-        point = list(HydraConfig.get().overrides.task)
-        print(f"[{len(codes) + 1}/{len(points)}] {' '.join(point)}", flush=True)
+        hydra = HydraConfig.get()
+        point = list(hydra.overrides.task)
+        print(f"[{hydra.job.num + 1}/{total}] {' '.join(point)}", flush=True)
         try:
             code = task(point)
         except DiffxError as error:
@@ -240,7 +250,6 @@ def multirun(
             code = 2
         if code >= 128:
             raise KeyboardInterrupt
-        codes.append(code)
         return code
 
     version.setbase("1.3")
@@ -248,19 +257,21 @@ def multirun(
     with tempfile.TemporaryDirectory() as sweep_dir:
         hydra = Hydra.create_main_hydra2("diffx", create_config_search_path(str(config_dir())))
         quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.output_subdir=null"]
-        hydra.multirun(
+        # another launcher's jobs may run on other machines, and look for its files
+        plugin = any(o.startswith("hydra/launcher=") for o in arguments.overrides)
+        batches = hydra.multirun(
             config_name=name,
             task_function=one,
             overrides=[
                 *_searchpath(arguments.config_dirs),
                 *quiet,
-                f"hydra.sweep.dir={sweep_dir}",
+                *([] if plugin else [f"hydra.sweep.dir={sweep_dir}"]),
                 *arguments.overrides,
             ],
             with_log_configuration=False,
         )
     GlobalHydra.instance().clear()
-    return 2 if any(codes) else 0
+    return 2 if any(job.return_value for batch in batches or [] for job in batch) else 0
 
 
 def _searchpath(config_dirs: list[str]) -> list[str]:

@@ -19,25 +19,44 @@ from diffx.training.data import StreamData
 from diffx.training.fit import Outcome, fit
 from diffx.training.log import TrainingLog
 from diffx.training.loggers import CSVLogger, log_image
+from diffx.training.nonfinite import NonFinite
 from diffx.training.weights import BestWeights, export_weights, load_weights
 from diffx.utils import DiffxError
+from diffx.utils.signals import StopSignal
 
 
-def execute(arm: Arm, run: Run, console: Console) -> int:
-    """Trains from the newest checkpoint to the end, exports the weights and evaluates; returns the exit code."""
+def execute(arm: Arm, run: Run, console: Console, checkpoint: Path | None) -> int:
+    """Trains to the end, exports the weights and evaluates; returns the exit code.
+
+    Arguments:
+        arm: what is trained, built.
+        run: its directory.
+        console: where to print.
+        checkpoint: where to go on, the same on every rank; None to start anew.
+    """
+    asked = StopSignal()
+    try:
+        return _execute(arm, run, console, checkpoint, asked)
+    except DiffxError as error:
+        run.set_status("failed", reason=str(error))
+        raise
+    except KeyboardInterrupt:
+        run.set_status("interrupted", signal=int(signal.SIGINT))
+        raise
+    except Exception as error:
+        run.set_status("failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        raise
+    finally:
+        asked.__exit__()
+
+
+def _execute(arm: Arm, run: Run, console: Console, checkpoint: Path | None, asked: StopSignal) -> int:
     config, module = arm.config, arm.module
-    checkpoint, broken = run.newest_checkpoint()
-    for file in broken:
-        console.print(f"passing over the truncated checkpoint {file}", highlight=False)
     if checkpoint is not None:
         console.print(f"resuming at step {step_of(checkpoint)}", highlight=False)
     run.set_status("running", step=step_of(checkpoint) if checkpoint else 0)
     loggers = _loggers(config, run)
-    try:
-        outcome = _fit(arm, run, console, checkpoint, loggers)
-    except DiffxError as error:
-        run.set_status("failed", reason=str(error))
-        raise
+    outcome = _fit(arm, run, console, checkpoint, loggers, asked)
     first = outcome.trainer.is_global_zero
     if outcome.signal is not None:
         if first:
@@ -48,10 +67,13 @@ def execute(arm: Arm, run: Run, console: Console) -> int:
     if first:
         for name, denoiser in module.ema.named().items():
             export_weights(denoiser, run.weights.with_name(f"{name}.safetensors"), outcome.step)
-        run.set_status("finished", step=outcome.step)
+        run.set_status("evaluating", step=outcome.step)
     trainer = outcome.trainer
     trainer.strategy.barrier()  # the other ranks read what the first has written
-    return summarize(arm, run, console, loggers, module.device, trainer.global_rank, trainer.world_size)
+    code = summarize(arm, run, console, loggers, module.device, trainer.global_rank, trainer.world_size, asked)
+    if first and not code:
+        run.set_status("finished", step=outcome.step)
+    return code
 
 
 def summarize(
@@ -62,6 +84,7 @@ def summarize(
     device: torch.device | str | None = None,
     rank: int = 0,
     world_size: int = 1,
+    asked: StopSignal | None = None,
 ) -> int:
     """Evaluates a finished run under the config's protocol, unless that is done, and prints the table."""
     config = arm.config
@@ -75,7 +98,7 @@ def summarize(
             log_image(loggers, key, file, step)
     if config["evaluation"]["num_samples"]:
         try:
-            evaluation, file = evaluate(arm, run, denoiser, step, console, target, rank, world_size)
+            evaluation, file = evaluate(arm, run, denoiser, step, console, target, rank, world_size, asked=asked)
         except Stopped as stopped:
             console.print(str(stopped), highlight=False)
             return 128 + stopped.signal
@@ -97,7 +120,9 @@ def summarize(
     return 0
 
 
-def _fit(arm: Arm, run: Run, console: Console, checkpoint: Path | None, loggers: list[Any]) -> Outcome:
+def _fit(
+    arm: Arm, run: Run, console: Console, checkpoint: Path | None, loggers: list[Any], asked: StopSignal
+) -> Outcome:
     config, module = arm.config, arm.module
     settings, trainer = config["evaluation"], config["trainer"]
     log = TrainingLog(config["log_every_n_steps"])
@@ -105,6 +130,8 @@ def _fit(arm: Arm, run: Run, console: Console, checkpoint: Path | None, loggers:
     if config["progress_bar"]:
         callbacks.append(ProgressBar(log, console))
     checkpoint_settings = config["checkpoint"]
+    looks = (config["log_every_n_steps"], checkpoint_settings["every_n_steps"])
+    callbacks.append(NonFinite(config["training"]["nonfinite"], looks, run.path / "nonfinite.jsonl"))
     monitor, mode = checkpoint_settings["monitor"], checkpoint_settings["mode"]
     callbacks.append(
         EvaluateEMA(
@@ -116,6 +143,7 @@ def _fit(arm: Arm, run: Run, console: Console, checkpoint: Path | None, loggers:
             settings["per_class"],
             console,
             BestWeights(run.weights.with_name("best.safetensors"), monitor, mode) if monitor else None,
+            asked,
         )
     )
     if trainer["compile"]:
@@ -127,7 +155,9 @@ def _fit(arm: Arm, run: Run, console: Console, checkpoint: Path | None, loggers:
             run.checkpoints,
             checkpoint_settings["every_n_steps"],
             checkpoint_settings["keep_last"],
+            checkpoint_settings["keep_every_n_steps"],
             f"{fingerprint(identity(config))}/seed{config['seed']}",
+            asked,
         ),
         callbacks=callbacks,
         loggers=loggers,

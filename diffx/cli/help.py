@@ -5,6 +5,7 @@ from diffx.cli.paths import groups
 COMMANDS = {
     "train": "train a model, resume it, or say that it is finished; then evaluate it",
     "plan": "show what a sweep would train: effective weights, equal arms, arms that cannot work",
+    "jobs": "show what has become of every arm, its job and its log; resubmit or cancel",
     "parts": "describe every schedule, weighting, sampler, … with formula, source and defaults",
     "sample": "sample a trained run with any sampler, steps, guidance, labels and seed",
     "evaluate": "measure trained runs, or images: FID, IS, KID and their kin, with uncertainty and protocol",
@@ -83,6 +84,20 @@ examples:
   diffx evaluate -m run=DIR sampler=ddim,dpmpp_2m sampler.steps=5,10,20
   diffx evaluate run=DIR metrics=[fd,kid,pr,dc,per_class_fd,nearest]
   diffx evaluate run=DIR extractor=inception extractor.weights=weights-inception-2015-12-05-6726825d.pth
+"""
+
+JOBS = """\
+diffx jobs: what has become of every arm, by its own word, its ledger (jobs.jsonl) and SLURM's, where there is one.
+
+usage: diffx jobs [FOLDER …]                     runs below these folders; by default runs
+       diffx jobs [FOLDER …] --log               and the last lines of each log
+       diffx jobs [FOLDER …] --watch             until all have ended
+       diffx jobs [FOLDER …] --resubmit [launcher.KEY=VALUE …]   what failed, was killed, cancelled or never started
+       diffx jobs [FOLDER …] --cancel            what is queued or running
+
+examples:
+  diffx jobs runs/digits
+  diffx jobs runs/digits --resubmit launcher.mem=64G launcher.time=8:00:00
 """
 
 PARTS = """\
@@ -164,6 +179,7 @@ examples:
 _TEXTS = {
     "train": TRAIN,
     "plan": PLAN,
+    "jobs": JOBS,
     "parts": PARTS,
     "sample": SAMPLE,
     "evaluate": EVALUATE,
@@ -194,6 +210,7 @@ def command_help(name: str) -> str:
     shown = {
         "train": list(groups()),
         "plan": ["schedule", "parameterization", "weighting", "time_sampler", "objective", "backbone"],
+        "jobs": ["launcher"],
         "parts": list(groups()),
         "sample": ["sampler", "discretization", "guidance", "thresholding", "schedule"],
         "evaluate": ["metrics", "extractor", "sampler", "discretization", "guidance", "thresholding", "schedule"],

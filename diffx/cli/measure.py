@@ -1,5 +1,6 @@
 """Measuring a trained model under the protocol of a config, once."""
 
+import contextlib
 import hashlib
 import platform
 import signal
@@ -90,6 +91,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     known: bool = True,
+    asked: StopSignal | None = None,
 ) -> tuple[Evaluation, Path]:
     """Measures a denoiser under the config's protocol, or reads what has been measured under it.
 
@@ -103,6 +105,7 @@ def evaluate(
         rank: this process.
         world_size: number of processes; all of them have to call it.
         known: whether to take a measured value from its file.
+        asked: signals that the caller has taken over already.
 
     Returns:
         The evaluation and its file.
@@ -124,7 +127,7 @@ def evaluate(
     started = time.perf_counter()
     snapshot = file.with_suffix(".partial.safetensors")
     with (
-        StopSignal() as asked,
+        StopSignal() if asked is None else contextlib.nullcontext(asked) as asked,
         Progress(*_COLUMNS, console=console, disable=not console.is_terminal, transient=True) as bar,
     ):
         task = bar.add_task(f"evaluate ({total} samples, NFE {generator.nfe or 'adaptive'})", total=total)

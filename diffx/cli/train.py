@@ -1,15 +1,16 @@
 """`diffx train`."""
 
 import os
+import sys
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig
 from rich.console import Console
 
-from diffx.cli.compose import Arguments, compose_config, multirun, parse, refuse_sweep
+from diffx.cli.compose import Arguments, compose_config, multirun, parse, refuse_sweep, sweep_points
 from diffx.cli.launch import launch
-from diffx.experiment import Record, is_identity, locate
+from diffx.experiment import Record, Run, is_identity, locate
 from diffx.experiment.identity import INFERENCE
 from diffx.experiment.record import command_line
 from diffx.utils import DiffxError
@@ -21,14 +22,17 @@ def main(argv: list[str]) -> int:
     if arguments.show:
         print(yaml.safe_dump(config_of(arguments.overrides, arguments), sort_keys=False, allow_unicode=True), end="")
         return 0
+    if not arguments.multirun:
+        refuse_sweep(arguments.overrides)
+    if "launcher=slurm" in arguments.overrides:
+        return _submit(arguments)
     if arguments.multirun:
         return multirun(
             "train",
             lambda point: config_of(point, arguments),
-            lambda point: train(config_of(point, arguments), point),
+            lambda point: _task(config_of(point, arguments), point),
             arguments,
         )
-    refuse_sweep(arguments.overrides)
     return train(config_of(arguments.overrides, arguments), arguments.overrides)
 
 
@@ -38,7 +42,7 @@ def config_of(overrides: list[str], arguments: Arguments) -> dict[str, Any]:
     Raises:
         DiffxError: for every mistake, in one sentence.
     """
-    config = compose_config("train", overrides, arguments.config_dirs, _budget)
+    config = compose_config("train", overrides, arguments.config_dirs, prepare)
     # ranks and resumed runs start from the frozen config: what the further points mean is settled here
     config["evaluation"]["interim_points"] = {
         point: _inference(point, overrides, arguments) for point in config["evaluation"]["interim"]
@@ -56,14 +60,42 @@ def _inference(point: str, overrides: list[str], arguments: Arguments) -> dict[s
                 "as sampler=ddim, sampler.steps=10, guidance.scale=2 or weights=ema_0.99"
             )
     rest = [o for o in overrides if not o.startswith("evaluation.interim=")]
-    config = compose_config("train", [*rest, *more], arguments.config_dirs, _budget)
+    config = compose_config("train", [*rest, *more], arguments.config_dirs, prepare)
     return {key: config[key] for key in INFERENCE - {"evaluation", "extractor", "metrics"}}
+
+
+def _submit(arguments: Arguments) -> int:
+    """Every arm into SLURM's queue."""
+    from diffx.cli.submit import submit
+
+    overrides = arguments.overrides
+    sweeper = next((o for o in overrides if o.startswith(("hydra/sweeper=", "hydra.sweeper"))), None)
+    if sweeper is not None:
+        raise DiffxError(
+            f"'{sweeper}' needs results before it goes on, and launcher=slurm waits for none; leave one out"
+        )
+    points = sweep_points(overrides, "train", arguments) if arguments.multirun else [overrides]
+    configs = [config_of(point, arguments) for point in points]
+    return submit(
+        [(locate(config["runs_dir"], config, point), config) for config, point in zip(configs, points, strict=True)]
+    )
+
+
+def _task(config: dict[str, Any], overrides: list[str]) -> int:
+    """An arm in a process that a launcher of Hydra has started."""
+    code = train(config, overrides)
+    # submitit would take a run that has stopped and saved for one that is done
+    if code >= 128 and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        from diffx.launch.scheduler import requeue
+
+        requeue(os.environ["SLURM_JOB_ID"])
+    return code
 
 
 def train(config: dict[str, Any], overrides: list[str]) -> int:
     """Trains, resumes or recognises one arm, then evaluates it; returns the exit code."""
     # heavy imports after composing, so that a misspelt key is answered at once
-    from diffx.cli.build import build, check
+    from diffx.cli.build import build, check, make
     from diffx.cli.execute import execute, summarize
 
     console = Console()
@@ -79,14 +111,40 @@ def train(config: dict[str, Any], overrides: list[str]) -> int:
         Record.now(command_line()).append_to(run.path)
         console.print(f"[bold]{run.path}[/]\n{arm.source.describe()}", highlight=False, soft_wrap=True)
         trainer = config["trainer"]
+        if config["launcher"]:
+            return _in_job(run, trainer["devices"] * trainer["num_nodes"], make(config, "launcher"))
         if trainer["devices"] * trainer["num_nodes"] > 1 and "WORLD_SIZE" not in os.environ:
             if trainer["num_nodes"] > 1:
                 raise DiffxError(
-                    f"trainer.num_nodes={trainer['num_nodes']} needs a process per device on every node; start each "
-                    f"with torchrun or srun as: python -m diffx.cli.rank {run.path}"
+                    f"trainer.num_nodes={trainer['num_nodes']} needs a process per device on every node; submit with "
+                    "launcher=slurm, use launcher=srun inside a job, or start each by torchrun as: python -m "
+                    f"diffx.cli.rank {run.path}"
                 )
-            return launch(["-m", "diffx.cli.rank", str(run.path)], trainer["devices"])
-        return execute(arm, run, console)
+            ranks = ["-m", "diffx.cli.rank", str(run.path), str(run.resume_from() or "")]
+            return launch(ranks, trainer["devices"])
+        return execute(arm, run, console, run.resume_from())
+
+
+def _in_job(run: Run, tasks: int, launcher: Any) -> int:
+    """A process per device by srun, from the frozen config."""
+    from diffx.launch import supervise
+
+    command = [sys.executable, "-m", "diffx.cli.rank", str(run.path), str(run.resume_from() or "")]
+    return supervise(run, command, tasks, launcher.srun, launcher.retries)
+
+
+def prepare(config: DictConfig) -> None:
+    """What follows from other settings, before anything is interpolated from it."""
+    _budget(config)
+    # nodes and GPUs are asked for once
+    launcher, trainer = config.launcher, config.trainer
+    if isinstance(launcher.get("nodes"), int) and isinstance(launcher.get("gpus"), int):
+        trainer.num_nodes = launcher.nodes
+        trainer.accelerator = "gpu" if launcher.gpus else "cpu"
+        trainer.devices = launcher.gpus or trainer.devices
+    elif "srun" in launcher and "SLURM_JOB_ID" in os.environ:
+        trainer.num_nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        trainer.devices = int(os.environ.get("SLURM_NTASKS", "1")) // trainer.num_nodes
 
 
 def _budget(config: DictConfig) -> None:

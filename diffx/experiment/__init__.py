@@ -2,6 +2,6 @@
 
 from diffx.experiment.identity import fingerprint, identity, is_identity
 from diffx.experiment.record import Record
-from diffx.experiment.run import Run, locate
+from diffx.experiment.run import Run, find_runs, locate
 
-__all__ = ["Record", "Run", "fingerprint", "identity", "is_identity", "locate"]
+__all__ = ["Record", "Run", "find_runs", "fingerprint", "identity", "is_identity", "locate"]

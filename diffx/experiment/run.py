@@ -4,16 +4,18 @@ import fcntl
 import json
 import os
 import re
+import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from diffx.experiment.identity import fingerprint, identity, is_identity
-from diffx.utils import DiffxError, write_text
+from diffx.utils import DiffxError, patiently, write_text
 
 
 class Run:
@@ -104,38 +106,123 @@ class Run:
 
     def set_status(self, state: str, **details: Any) -> None:
         """Writes the state with its details."""
-        write_text(self.path / "status.json", json.dumps({"state": state, **details}, indent=1) + "\n")
+        text = json.dumps({"state": state, **details}, indent=1) + "\n"
+        patiently(lambda: write_text(self.path / "status.json", text))
+
+    def latest(self) -> dict[str, float]:
+        """The newest row of `metrics.csv`, without reading all of it; empty if there is none."""
+        try:
+            with (self.path / "metrics.csv").open("rb") as file:
+                columns = file.readline().decode().strip().split(",")
+                file.seek(max(file.tell(), file.seek(0, os.SEEK_END) - 8192))
+                lines = file.read().decode(errors="replace").splitlines(keepends=True)
+        except OSError:
+            return {}
+        rows = [line.strip().split(",") for line in lines if line.endswith("\n")]
+        for row in reversed([row for row in rows if len(row) == len(columns)]):
+            found = {name: float(value) for name, value in zip(columns, row, strict=True) if _is_number(value)}
+            # a row of an evaluation alone does not say how fast training is
+            if "images_per_second" in found:
+                return found
+        return {}
+
+    @property
+    def locked(self) -> bool:
+        """Whether a process is at work in this directory, as far as the file system tells."""
+        if not self.path.is_dir():
+            return False
+        try:
+            with self.lock():
+                return False
+        except DiffxError:
+            return True
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, patience: float = 0.0) -> Iterator[None]:
         """Keeps a second process from training in this directory at the same time; a killed process leaves no lock.
+
+        Arguments:
+            patience: seconds to wait for another process that may just be ending.
 
         Raises:
             DiffxError: if another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + patience
         with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise DiffxError(
-                    f"another process is training in '{self.path}'; wait for it, or stop it and run this again"
-                ) from error
-            except OSError:  # a file system without locks: then it is the user's care
-                pass
+            while not _try_lock(file):
+                if time.monotonic() >= deadline:
+                    raise DiffxError(
+                        f"another process is training in '{self.path}'; wait for it, or stop it and run this again"
+                    )
+                time.sleep(0.5)
             yield
 
-    def newest_checkpoint(self) -> tuple[Path | None, list[Path]]:
-        """The newest whole checkpoint, and newer ones that are truncated.
+    def newest_checkpoint(self, verify: bool = False) -> tuple[Path | None, list[Path]]:
+        """The newest whole checkpoint, and newer ones that are damaged.
 
         A checkpoint is a zip archive: one cut short has lost its directory, which stands at the end.
+
+        Arguments:
+            verify: whether to read all of it and compare its checksums.
         """
         broken: list[Path] = []
         for file in sorted(self.checkpoints.glob("step=*.ckpt"), key=step_of, reverse=True):
-            if zipfile.is_zipfile(file):
+            if _is_whole(file) if verify else zipfile.is_zipfile(file):
                 return file, broken
             broken.append(file)
         return None, broken
+
+    def resume_from(self) -> Path | None:
+        """The checkpoint to go on from, verified, or None to start anew; says which damaged ones it passes over."""
+        checkpoint, broken = self.newest_checkpoint(verify=True)
+        for file in broken:
+            print(f"passing over the damaged checkpoint {file}", flush=True)
+        return checkpoint
+
+
+def _is_whole(archive: Path) -> bool:
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return opened.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError, zlib.error):
+        return False
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: then it is the user's care
+        return True
+    return True
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def find_runs(*roots: str | Path) -> list[Run]:
+    """All runs below some folders, or those folders themselves, sorted by their paths.
+
+    Raises:
+        DiffxError: if a folder does not exist.
+    """
+    found = []
+    for root in map(Path, roots):
+        if not root.is_dir():
+            raise DiffxError(f"there is no folder '{root}'; give a run directory, or a folder of runs")
+        for folder, folders, files in os.walk(root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if "config.yaml" in files and Path(folder).resolve().name.startswith("seed"):
+                folders.clear()
+                found.append(Run(os.path.normpath(folder)))
+    return found
 
 
 def step_of(checkpoint: Path) -> int:

@@ -41,6 +41,6 @@ class Denoising(Objective):
         error = (output - target).square().flatten(1).mean(1)
         weighted = self.weighting(denoiser, t) * c_out**2 * error
         if self.training:
-            self.time_sampler.update(t, weighted.detach())
+            self.time_sampler.update(t, weighted.detach().nan_to_num(posinf=0, neginf=0))
         loss = (weighted + self.weighting.penalty(denoiser, t)) * correction
         return {"loss": loss, "logsnr": logsnr(alpha, sigma).detach()}

@@ -1,5 +1,6 @@
 """What happens beside training: the progress bar and the evaluation of the EMA."""
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffx.denoisers import Denoiser
-from diffx.evaluation import Evaluator
+from diffx.evaluation import Evaluator, Interrupted
 from diffx.generate import Generator
 from diffx.metrics import Value
 from diffx.pictures import save_grid
@@ -20,7 +21,8 @@ from diffx.training.log import TrainingLog
 from diffx.training.loggers import log_image
 from diffx.training.module import DiffusionModule
 from diffx.training.weights import BestWeights
-from diffx.utils import DiffxError, nearest
+from diffx.utils import DiffxError, nearest, patiently
+from diffx.utils.signals import StopSignal
 
 
 class ProgressBar(L.Callback):
@@ -131,6 +133,7 @@ class EvaluateEMA(L.Callback):
         per_class: samples of each class in the grid.
         console: where to print.
         best: keeps the best weights; None for not.
+        asked: the signals that ask to stop, so that a long evaluation is no longer than the grace time.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class EvaluateEMA(L.Callback):
         per_class: int,
         console: Console,
         best: BestWeights | None = None,
+        asked: StopSignal | None = None,
     ) -> None:
         self.every_n_steps = every_n_steps
         self.points = points
@@ -152,30 +156,59 @@ class EvaluateEMA(L.Callback):
         self.per_class = per_class
         self.console = console
         self.best = best
+        self.asked = asked or StopSignal()
+        self._evaluated = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What belongs into the checkpoint: the step last evaluated."""
+        return {"evaluated": self._evaluated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The step last evaluated."""
+        self._evaluated = state_dict["evaluated"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes up the evaluation in which an earlier process was stopped."""
+        self._evaluate_if_due(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Evaluates where it is time; the end of training is left to the final evaluation."""
+        if not trainer.fit_loop._should_accumulate():
+            self._evaluate_if_due(trainer, pl_module)
+
+    def _evaluate_if_due(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
         due = self.every_n_steps and step % self.every_n_steps == 0 and step < trainer.max_steps
-        if due and not trainer.fit_loop._should_accumulate():
-            assert isinstance(pl_module, DiffusionModule)
-            self.evaluate(trainer, pl_module)
+        if not due or self._evaluated >= step:
+            return
+        assert isinstance(module, DiffusionModule)
+        try:
+            self.evaluate(trainer, module)
+        except Interrupted:
+            # the checkpoint of this step will say that the evaluation is still to be made; the sums so far are kept
+            trainer.should_stop = True
+            self.asked.number = self.asked.number or signal.SIGTERM  # on the ranks that were not asked
+        else:
+            self._evaluated = step
 
     def evaluate(self, trainer: L.Trainer, module: DiffusionModule) -> None:
         """Evaluates now; all ranks call it.
 
         Raises:
+            Interrupted: if a signal asks to stop.
             DiffxError: if the metric that decides on the best weights is not among those measured.
         """
         started, step = time.perf_counter(), trainer.global_step
         averages, row, lines = module.ema.named(), {}, []
         if trainer.is_global_zero:
             path = self.directory / f"step={step:08d}.png"
-            save_grid(self.points[0].generator(averages[self.points[0].weights]), path, self.per_class, module.device)
+            generator = self.points[0].generator(averages[self.points[0].weights])
+            patiently(lambda: save_grid(generator, path, self.per_class, module.device))
             log_image(trainer.loggers, "samples", path, step)
-        for point in self.points if self.total else ():
+        partial = [self.directory / f".step={step:08d}-{k}.partial.safetensors" for k in range(len(self.points))]
+        for point, snapshot in zip(self.points, partial, strict=True) if self.total else ():
             # the caller's no_grad and precision do not reach samples: they are made as diffx evaluate makes them
             with torch.autocast(module.device.type, enabled=False):
                 values = self.evaluator(
@@ -184,6 +217,8 @@ class EvaluateEMA(L.Callback):
                     module.device,
                     trainer.global_rank,
                     trainer.world_size,
+                    snapshot=snapshot,
+                    stop=lambda: bool(self.asked),
                 ).values
             under = f"eval/{point.name}/" if point.name else "eval/"
             row |= {f"{under}{name}": value.value for name, value in values.items()}
@@ -197,6 +232,8 @@ class EvaluateEMA(L.Callback):
             logger.log_metrics(row, step=step)
         for line in lines:
             self.console.print(f"step {step}, {self.total} samples: {line}", highlight=False)
+        for snapshot in partial if trainer.is_global_zero else ():
+            snapshot.unlink(missing_ok=True)
 
     def _keep_best(self, values: dict[str, Value], denoiser: torch.nn.Module, step: int, writes: bool) -> None:
         assert self.best is not None

@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 
-from diffx.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from diffx.training.checkpoints import AtomicCheckpointIO, Checkpoints, TakeSignals
 from diffx.training.loggers import CSVLogger
 from diffx.training.module import DiffusionModule
 from diffx.training.processes import started_by
@@ -82,7 +82,7 @@ def fit(
         strategy=strategy,
         precision=precision,  # pyright: ignore[reportArgumentType]
         logger=list(loggers),
-        callbacks=[*callbacks, checkpoints],
+        callbacks=[TakeSignals(checkpoints.asked), *callbacks, checkpoints],
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate_grad_batches,
@@ -102,7 +102,7 @@ def fit(
             logger.resume(step)
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
-    return Outcome(trainer.global_step, checkpoints.signal if trainer.global_step < max_steps else None, trainer)
+    return Outcome(trainer.global_step, checkpoints.asked.number if trainer.global_step < max_steps else None, trainer)
 
 
 def _peek(checkpoint: Path) -> int:

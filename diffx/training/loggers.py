@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from diffx.utils import write_text
+from diffx.utils import patiently, write_text
 
 
 class CSVLogger(Logger):
@@ -61,6 +61,9 @@ class CSVLogger(Logger):
             before = self.rows()
             self._columns += new
             self._rewrite(before)
+        patiently(lambda: self._append(row))
+
+    def _append(self, row: dict[str, Any]) -> None:
         # one write per row: a killed process leaves whole rows
         with self.file.open("a", newline="", encoding="utf-8") as file:
             file.write(self._text([row]))
@@ -73,7 +76,8 @@ class CSVLogger(Logger):
             return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and None not in row]
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        write_text(self.file, self._text([dict(zip(self._columns, self._columns, strict=True)), *rows]))
+        text = self._text([dict(zip(self._columns, self._columns, strict=True)), *rows])
+        patiently(lambda: write_text(self.file, text))
 
     def _text(self, rows: list[Any]) -> str:
         buffer = io.StringIO()

@@ -56,6 +56,7 @@ class DiffusionModule(L.LightningModule):
         self.seed = seed
         self.batch_size = batch_size
         self.grad_norm: Tensor | None = None
+        self.first_nonfinite = torch.tensor(-1)  # −1: none; on the device, so that no step waits for it
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """The loss of a micro-batch.
@@ -73,8 +74,16 @@ class DiffusionModule(L.LightningModule):
             x = self.autoencoder.encode(batch)
         terms = self.objective(self.denoiser, x, keys, **self.conditioner(batch, keys))
         losses = terms["loss"]
+        self._watch(losses.detach(), batch["index"])
         further = {name: value.detach() for name, value in terms.items() if name not in ("loss", "logsnr")}
         return {"loss": losses.mean(), "losses": losses.detach(), "logsnr": terms["logsnr"], "terms": further}
+
+    def _watch(self, losses: Tensor, index: Tensor) -> None:
+        """Remembers the first sample whose loss is not finite, over all steps until somebody asks."""
+        none = torch.iinfo(torch.int64).max
+        first = torch.where(losses.isfinite(), none, index).min()
+        seen = self.first_nonfinite
+        self.first_nonfinite = torch.where((seen < 0) & (first < none), first, seen)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and the learning rate schedule per step."""
@@ -92,7 +101,10 @@ class DiffusionModule(L.LightningModule):
         """Clips by the global norm, and keeps that norm for the log."""
         if gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            self.grad_norm = norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            first = self.trainer.global_step * self.batch_size
+            unseen = ~norm.isfinite() & (self.first_nonfinite < 0)
+            self.first_nonfinite = torch.where(unseen, first, self.first_nonfinite)
 
     def optimizer_step(
         self,

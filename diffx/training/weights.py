@@ -9,7 +9,7 @@ from torch import nn
 
 from diffx.denoisers import Denoiser
 from diffx.training.ema import EMA
-from diffx.utils import DiffxError, atomic_path, nearest
+from diffx.utils import DiffxError, atomic_path, nearest, patiently
 
 
 def export_weights(denoiser: nn.Module, path: Path, step: int, **details: str) -> None:
@@ -22,8 +22,12 @@ def export_weights(denoiser: nn.Module, path: Path, step: int, **details: str) -
         details: more metadata.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step), **details})
+
+    def write() -> None:
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"step": str(step), **details})
+
+    patiently(write)
 
 
 def load_weights(ema: EMA, name: str, folder: Path, checkpoint: Path | None) -> tuple[Denoiser, int]:

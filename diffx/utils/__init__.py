@@ -2,7 +2,7 @@
 
 from diffx.errors import DiffxError, nearest
 from diffx.utils.broadcasting import expand_as
-from diffx.utils.files import atomic_path, write_text
+from diffx.utils.files import atomic_path, patiently, write_text
 from diffx.utils.random import Keys
 
-__all__ = ["DiffxError", "Keys", "atomic_path", "expand_as", "nearest", "write_text"]
+__all__ = ["DiffxError", "Keys", "atomic_path", "expand_as", "nearest", "patiently", "write_text"]

@@ -1,8 +1,11 @@
 """Files that are either whole or absent."""
 
+import errno
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +34,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync(path.parent)
     except OSError as error:
         raise DiffxError(
             f"cannot write '{path}': {error.strerror or error}; free some space or choose a writable folder"
@@ -44,6 +48,48 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes `text` to `path` atomically (see `atomic_path`)."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EROFS, errno.EREMOTEIO}
+"""What a file system on the network says while it is away."""
+
+
+def patiently(write: Callable[[], None], seconds: float = 180.0, pause: float = 5.0) -> None:
+    """Writes, and tries again for a while if the file system is away; a full disk is no reason to wait.
+
+    Arguments:
+        write: does it; may be called several times.
+        seconds: how long to try.
+        pause: seconds between two tries.
+
+    Raises:
+        DiffxError: what the last try said.
+        OSError: what the last try said.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return write()
+        except (OSError, DiffxError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in PASSING or time.monotonic() + pause > deadline:
+                raise
+            warnings.warn(f"{error}; trying again for {deadline - time.monotonic():.0f} s", stacklevel=2)
+            time.sleep(pause)
+
+
+def _sync(folder: Path) -> None:
+    """Makes a renamed file survive a power cut."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # not every file system can
+        pass
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

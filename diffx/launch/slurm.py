@@ -1,0 +1,160 @@
+"""What sbatch and srun are told: `configs/launcher/*.yaml` build these."""
+
+import shlex
+from dataclasses import dataclass, field
+
+from diffx.utils import DiffxError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Srun:
+    """`launcher=srun`: inside an allocation, one process per device by srun, requeued when it is told to stop.
+
+    What `slurm/*.sbatch` call. Use it when you submit a batch script of your own.
+
+    Arguments:
+        srun: further options of srun, such as `--container-image=FILE`.
+        retries: how often a process that was killed or crashed is started again without having got further; being
+            stopped by a signal is not counted.
+
+    Raises:
+        DiffxError: if `retries` is negative.
+    """
+
+    srun: list[str] = field(default_factory=list)
+    retries: int = 2
+
+    def __post_init__(self) -> None:
+        if self.retries < 0:
+            raise DiffxError(f"launcher.retries is {self.retries}; set it to 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """`launcher=slurm`: submits the arms as one array job and returns at once.
+
+    Use it when you sit at a login node. The keys are sbatch's options; what is null is left to the cluster. Any other
+    option of sbatch goes into `sbatch`, as in `launcher.sbatch={licenses: matlab}`.
+
+    Arguments:
+        gpus: GPUs per node, one process each; 0 for `trainer.devices` processes on CPUs.
+        nodes: nodes per arm.
+        time: the limit of one start, as sbatch takes it (`4:00:00`, `1-12`, minutes); an arm that needs longer is
+            requeued and resumes.
+        partition: the partition.
+        account: whom to charge.
+        qos: the quality of service.
+        constraint: features of the nodes.
+        gres: what stands in `--gres` instead of `gpu:<gpus>`, such as `gpu:a100:4`.
+        cpus_per_task: processors per process, for the data workers.
+        mem: memory per node, such as `64G`.
+        exclude: nodes to avoid.
+        reservation: a reservation.
+        dependency: jobs to wait for, such as `afterok:123`.
+        mail_type: when to send mail, such as `END,FAIL`.
+        mail_user: to whom.
+        signal: what SLURM sends how long before the time limit, as `SIGNAL@SECONDS`; time enough to save.
+        sbatch: further options of sbatch by their long names; `true` for those without a value.
+        setup: lines of shell before the start: modules, conda, containers, proxies.
+        srun: further options of srun, such as `--container-image=FILE`.
+        array_parallelism: how many arms run at the same time; null for as many as fit.
+        retries: as for `launcher=srun`.
+        snapshot: whether the job runs a copy of the code taken now, so that it does not see later edits.
+        wait: whether to stay and show the progress of all arms until they have ended.
+
+    Raises:
+        DiffxError: if a number or the signal is impossible.
+    """
+
+    gpus: int = 1
+    nodes: int = 1
+    time: str | int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gres: str | None = None
+    cpus_per_task: int | None = 8
+    mem: str | None = None
+    exclude: str | None = None
+    reservation: str | None = None
+    dependency: str | None = None
+    mail_type: str | None = None
+    mail_user: str | None = None
+    signal: str = "USR1@120"
+    sbatch: dict[str, str | int | bool] = field(default_factory=dict)
+    setup: list[str] = field(default_factory=list)
+    srun: list[str] = field(default_factory=list)
+    array_parallelism: int | None = None
+    retries: int = 2
+    snapshot: bool = True
+    wait: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("gpus", self.gpus, 0),
+            ("nodes", self.nodes, 1),
+            ("cpus_per_task", self.cpus_per_task, 1),
+            ("array_parallelism", self.array_parallelism, 1),
+            ("retries", self.retries, 0),
+        ):
+            if value is not None and value < least:
+                raise DiffxError(f"launcher.{name} is {value}; set it to {least} or more")
+        name, _, seconds = self.signal.removeprefix("B:").partition("@")
+        if name.removeprefix("SIG") not in ("USR1", "USR2", "TERM", "INT") or not seconds.isdigit():
+            raise DiffxError(
+                f"launcher.signal is '{self.signal}'; write SIGNAL@SECONDS with USR1, USR2, TERM or INT, as USR1@120"
+            )
+        if self.signal.startswith("B:"):
+            raise DiffxError("launcher.signal=B:… would reach the batch script alone; leave B: out")
+
+    def options(self, tasks_per_node: int) -> dict[str, str | int | bool]:
+        """The options of sbatch by their long names, `True` for those without a value.
+
+        Arguments:
+            tasks_per_node: processes on each node.
+        """
+        gpus = self.gres or (f"gpu:{self.gpus}" if self.gpus else None)
+        named = {
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "reservation": self.reservation,
+            "nodes": self.nodes,
+            "ntasks-per-node": tasks_per_node,
+            "gres": gpus,
+            "cpus-per-task": self.cpus_per_task,
+            "mem": self.mem,
+            "time": self.time,
+            "constraint": self.constraint,
+            "exclude": self.exclude,
+            "dependency": self.dependency,
+            "mail-type": self.mail_type,
+            "mail-user": self.mail_user,
+            "signal": self.signal,
+            "requeue": True,
+            # a requeued job would empty its log
+            "open-mode": "append",
+            **{name.lstrip("-").replace("_", "-"): value for name, value in self.sbatch.items()},
+        }
+        return {name: value for name, value in named.items() if value is not None and value is not False}
+
+
+def batch_script(
+    about: list[str], options: dict[str, str | int | bool], setup: list[str], command: str, name: str = "diffx"
+) -> str:
+    """A batch script: what the launcher submits, and what `slurm/` holds.
+
+    Arguments:
+        about: lines of comment at its head.
+        options: sbatch's options.
+        setup: lines of shell before the command.
+        command: the command; it takes the place of the shell, which would not pass signals on.
+        name: of the job. (Lightning takes a job called `bash` or `interactive` for none.)
+    """
+    head = [f"# {line}".rstrip() for line in about]
+    directives = [
+        f"#SBATCH --{key}" if value is True else f"#SBATCH --{key}={shlex.quote(str(value))}"
+        for key, value in {"job-name": name, **options}.items()
+    ]
+    return "\n".join(["#!/bin/bash", *head, *directives, "", *setup, f"exec {command}", ""])
