@@ -7,8 +7,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from diffx.backbones import Backbone, DiT, UNet
+from diffx.backbones import Backbone, DiT, FlatUNet, ScoreUNet, SimpleUNet, UNet
 from diffx.backbones.dit import patchify, unpatchify
+from diffx.backbones.score_unet import Block, FIRDown, FIRUp
 from diffx.nn import ConditionEmbedding, SelfAttention, sincos_positions, sinusoids
 from diffx.utils import DiffxError
 
@@ -25,6 +26,12 @@ DATA = {
     "adm_imagenet64": (3, 64, 1000),
     "adm_imagenet128": (3, 128, 1000),
     "adm_imagenet256": (3, 256, 1000),
+    "iddpm_cifar10": (3, 32, 0),
+    "flow_matching_cifar10": (3, 32, 0),
+    "vdm_cifar10": (3, 32, 0),
+    "ddpmpp_cifar10": (3, 32, 10),
+    "ncsnpp_cifar10": (3, 32, 10),
+    "simple_imagenet128": (3, 128, 1000),
 }
 
 
@@ -46,6 +53,12 @@ def unet(**overrides):
     return UNet(**(sizes | layers | overrides))
 
 
+def score_unet(switch, **overrides):
+    sizes = {"in_channels": 2, "out_channels": 4, "image_size": 8, "num_classes": 3, "augment_labels": 5}
+    layers = {"base": 8, "mult": [2, 1], "blocks": 1, "attention": [4], "fir": switch, "pyramid": switch}
+    return ScoreUNet(**(sizes | layers | {"fourier": switch} | overrides))
+
+
 NETWORKS = {
     "adm": lambda: unet(head_channels=4),
     "ddpm": lambda: unet(scale_shift=False, resblock_updown=False),
@@ -53,8 +66,16 @@ NETWORKS = {
     "unlabelled": lambda: unet(num_classes=0, dropout=0.1),
     "dit": lambda: DiT(2, 8, 2, width=16, depth=2, heads=2, num_classes=3, out_channels=4),
     "dit_unlabelled": lambda: DiT(2, 8, 4, width=16, depth=2, heads=4, out_channels=4),
+    "ddpmpp": lambda: score_unet(False),
+    "ncsnpp": lambda: score_unet(True),
+    "ncsnpp_unlabelled": lambda: score_unet(True, num_classes=0, augment_labels=0, dropout=0.1),
+    "simple": lambda: SimpleUNet(
+        2, 8, 8, [1, 2], [1, 2], [4], heads=2, embedding=16, groups=4, num_classes=3, out_channels=4
+    ),
+    # the frequencies of the published network tell what bfloat16 cannot
+    "vdm": lambda: FlatUNet(2, 8, 8, 2, exponents=[0, 1], dropout=0.0, groups=4, num_classes=3, out_channels=4),
 }
-LABELLED = ["adm", "ddpm", "adm_conv", "dit"]
+LABELLED = ["adm", "ddpm", "adm_conv", "dit", "ddpmpp", "ncsnpp", "simple", "vdm"]
 
 
 @pytest.fixture(params=NETWORKS)
@@ -75,7 +96,7 @@ def perturbed(network):
 def batch(network, n=3, dtype=torch.float32):
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(n, 2, 8, 8, generator=generator, dtype=dtype)
-    label = torch.arange(n) % 3 if network.embedding.num_classes else None
+    label = torch.arange(n) % 3 if getattr(network, "unet", network).embedding.num_classes else None
     return x, torch.linspace(-15, 15, n, dtype=dtype), label
 
 
@@ -83,9 +104,12 @@ def batch(network, n=3, dtype=torch.float32):
 
 
 def test_is_zero_at_first_with_its_shape(network):
-    y = network(*batch(network))
+    x, *rest = batch(network)
+    y = network(x, *rest)
     assert y.shape == (3, 4, 8, 8)
-    assert torch.equal(y, torch.zeros_like(y))
+    # VDM's gives the input at first, and zero for what the input has not
+    start = torch.cat([x, torch.zeros_like(x)], dim=1) if isinstance(network, FlatUNet) else torch.zeros_like(y)
+    assert torch.equal(y, start)
 
 
 def test_out_channels_default_to_in_channels():
@@ -94,7 +118,9 @@ def test_out_channels_default_to_in_channels():
 
 
 def test_every_parameter_gets_a_gradient(network):
-    perturbed(network)(*batch(network)).square().mean().backward()
+    # told of no augmentation, the weights that embed one have a gradient of zero
+    told = {"augment": torch.ones(3, network.augment_labels)} if network.augment_labels else {}
+    perturbed(network)(*batch(network), **told).square().mean().backward()
     idle = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert idle == []
 
@@ -246,6 +272,94 @@ def test_dit_xl_2_is_the_published_one_exactly():
     assert parameters(network) + network.positions.numel() == 675_129_632
 
 
+@pytest.mark.parametrize(
+    ("choice", "num_classes", "count", "overrides"),
+    [
+        # arXiv 2206.00364: the authors' networks of these settings, counted
+        ("ddpmpp_cifar10", 0, 55_733_891, {"augment_labels": 9}),
+        ("ddpmpp_cifar10", 10, 55_735_299, {"augment_labels": 9}),
+        ("ncsnpp_cifar10", 0, 56_397_827, {"augment_labels": 9}),
+        ("ncsnpp_cifar10", 10, 56_400_643, {"augment_labels": 9}),
+        # arXiv 2102.09672: the authors' network of these settings, counted; they name its checkpoint "50M"
+        ("iddpm_cifar10", 0, 52_546_438, {"out_channels": 6}),
+        ("iddpm_cifar10", 0, 52_542_979, {}),
+    ],
+)
+def test_counts_are_those_of_the_released_networks(choice, num_classes, count, overrides):
+    with torch.device("meta"):
+        assert parameters(build(choice, (3, 32, num_classes), **overrides)) == count
+
+
+def conv(a, b, k=3):
+    return k * k * a * b + b
+
+
+def linear(a, b):
+    return a * b + b
+
+
+def test_vdm_s_count_follows_from_its_description():
+    # arXiv 2107.00630 gives no number. 32 blocks down, 2 in the middle, 33 up, all of 128 channels, at first one width
+    D, E = 128, 512
+    plain = 2 * D + conv(D, D) + E * D + 2 * D + conv(D, D)  # the conditioning without a bias, as in the released code
+    joined = 2 * 2 * D + conv(2 * D, D) + E * D + 2 * D + conv(D, D) + linear(2 * D, D)
+    attention = 2 * D + 4 * linear(D, D)
+    ends = conv(3 * 5, D) + 2 * D + conv(D, 3)
+    level = linear(D, E) + linear(E, E)
+    count = 34 * plain + 33 * joined + attention + ends + level
+    with torch.device("meta"):
+        network = build("vdm_cifar10")
+    assert parameters(network) == count + 67 * D  # a bias in the conditioning of each block
+    assert parameters(network) == 30_586_243
+
+
+def test_flow_matching_s_count_follows_from_its_table():
+    # arXiv 2210.02747 gives no number: table 3 with ADM's blocks
+    D = [256, 512, 512, 512]
+    E = 4 * 256
+
+    def block(a, b):
+        return 2 * a + conv(a, b) + linear(E, 2 * b) + 2 * b + conv(b, b) + (conv(a, b, 1) if a != b else 0)
+
+    attention = 2 * 512 + 4 * linear(512, 512)
+    count = conv(3, 256) + linear(256, E) + linear(E, E)
+    skips, width = [256], 256
+    for level, d in enumerate(D):
+        if level:
+            count += block(width, width)
+            skips.append(width)
+        for _ in range(2):
+            count += block(width, d) + attention * (level == 1)
+            skips.append(d)
+            width = d
+    count += 2 * block(512, 512) + attention
+    for level in reversed(range(4)):
+        for _ in range(3):
+            count += block(width + skips.pop(), D[level]) + attention * (level == 1)
+            width = D[level]
+        count += block(width, width) * (level > 0)
+    count += 2 * 256 + conv(256, 3)
+    with torch.device("meta"):
+        assert parameters(build("flow_matching_cifar10")) == count == 171_268_099
+
+
+def test_simple_diffusion_s_count_follows_from_its_layers():
+    # arXiv 2301.11093 gives no number for this network
+    D, N, E = [128, 256, 512, 1024, 1024], [3, 4, 4, 12, 4], 1024
+
+    def block(d, joins=False):
+        return 2 * conv(d, d) + linear(E, 2 * d) + 2 * 2 * d + 2 * d * joins
+
+    count = conv(3, D[0]) + linear(128, E) + linear(E, E) + 1001 * E + 2 * D[0] + conv(D[0], 3)
+    for level, (d, n) in enumerate(zip(D, N, strict=True)):
+        attention = 2 * d + 4 * linear(d, d)
+        count += n * (block(d) + block(d, joins=True)) + 2 * n * attention * (level >= 3)
+        count += (linear(D[level - 1], d) + linear(d, D[level - 1])) * (level > 0)
+    count += 2 * block(1024) + 2 * 1024 + 4 * linear(1024, 1024)
+    with torch.device("meta"):
+        assert parameters(build("simple_imagenet128")) == count == 920_823_299
+
+
 # ---------------------------------------------------------------------------------------------- DDPM, against diffusers
 
 
@@ -321,6 +435,158 @@ def test_ddpm_unet_equals_diffusers():
     network.embedding = Given(torch.nn.functional.silu(reference.time_embedding(reference.time_proj(t).double())))
     network.load_state_dict(dict(ddpm_weights(reference)) | network.embedding.state_dict(prefix="embedding."))
     torch.testing.assert_close(network(x, torch.zeros(2)), reference(x, t).sample, rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------- DDPM++, NCSN++ and DiT, by other means
+
+
+def filtered(image, taps):
+    """Both axes of an image filtered by scipy, zeros beyond the border."""
+    signal = pytest.importorskip("scipy.signal")
+    return torch.tensor(signal.convolve2d(image.numpy(), torch.outer(taps, taps).numpy()))
+
+
+def test_fir_resampling_equals_scipy():
+    x = torch.randn(1, 2, 6, 8, dtype=torch.float64)
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64)
+    down, up = FIRDown().double()(x), FIRUp().double()(x)
+    assert down.shape == (1, 2, 3, 4) and up.shape == (1, 2, 12, 16)
+    for channel in range(2):
+        # output pixel i is the mean of the input at 2 i − 1 … 2 i + 2: entry 2 i + 2 of the full convolution
+        torch.testing.assert_close(down[0, channel], filtered(x[0, channel], taps / 8)[2::2, 2::2][:3, :4])
+        stuffed = torch.zeros(12, 16, dtype=torch.float64)
+        stuffed[::2, ::2] = x[0, channel]
+        torch.testing.assert_close(up[0, channel], filtered(stuffed, taps / 4)[1:13, 1:17])
+
+
+def test_fir_resampling_keeps_a_constant():
+    x = torch.ones(1, 3, 8, 8)
+    torch.testing.assert_close(FIRDown()(x)[..., 1:-1, 1:-1], torch.ones(1, 3, 2, 2))
+    torch.testing.assert_close(FIRUp()(x)[..., 2:-2, 2:-2], torch.ones(1, 3, 12, 12))
+
+
+@pytest.mark.parametrize("fir", [False, True])
+@pytest.mark.parametrize("way", ["down", "up", "wider", "same"])
+def test_score_unet_blocks_equal_diffusers(fir, way):
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    attention = pytest.importorskip("diffusers.models.attention_processor")
+    torch.manual_seed(0)
+    new = 24 if way == "wider" else 16
+    resample = {"down": FIRDown() if fir else nn.AvgPool2d(2), "up": FIRUp() if fir else nn.Upsample(scale_factor=2.0)}
+    ours = Block(12, 0.0, 16, new, resample.get(way), attention=True).double()
+    theirs = resnet.ResnetBlock2D(
+        in_channels=16,
+        out_channels=new,
+        temb_channels=12,
+        groups=4,
+        groups_out=new // 4,
+        eps=1e-6,
+        output_scale_factor=math.sqrt(2),
+        use_in_shortcut=way != "same",
+        kernel="fir" if fir else None,
+        down=way == "down",
+        up=way == "up",
+    ).double()
+    attend = attention.Attention(
+        new, heads=1, dim_head=new, norm_num_groups=new // 4, eps=1e-6, bias=True, residual_connection=True,
+        rescale_output_factor=math.sqrt(2), upcast_softmax=True,
+    ).double()  # fmt: skip
+    perturbed(theirs), perturbed(attend)
+    names = {"norm_1": "norm1", "conv_1": "conv1", "project": "time_emb_proj", "norm_2": "norm2", "conv_2": "conv2"}
+    layers = {ours_: getattr(theirs, theirs_) for ours_, theirs_ in names.items()}
+    layers |= {"attention.norm": attend.group_norm, "attention.attention.out": attend.to_out[0]}
+    layers |= {"skip": theirs.conv_shortcut} if way != "same" else {}
+    state = {f"{name}.{kind}": p for name, layer in layers.items() for kind, p in layer.named_parameters()}
+    for kind in ("weight", "bias"):
+        qkv = [getattr(m, kind) for m in (attend.to_q, attend.to_k, attend.to_v)]
+        state[f"attention.attention.qkv.{kind}"] = torch.cat(qkv)
+    ours.load_state_dict(state, strict=False)
+    assert set(state) == {name for name, _ in ours.named_parameters()}
+    x, embedding = torch.randn(2, 16, 8, 8).double(), torch.randn(2, 12).double()
+    expected = attend(theirs(x, embedding))
+    # theirs applies a SiLU to the embedding, ours has it in the embedding
+    torch.testing.assert_close(ours(x, nn.functional.silu(embedding)), expected, rtol=1e-9, atol=1e-9)
+
+
+def dit_weights(reference, channels, patch):
+    """The state of diffusers' DiT under our names."""
+
+    def layer(ours, module):
+        yield from ((f"{ours}.{name}", p) for name, p in module.named_parameters())
+
+    projection = reference.pos_embed.proj
+    yield from (("patch_in.weight", projection.weight.flatten(1)), ("patch_in.bias", projection.bias))
+    for i, block in enumerate(reference.transformer_blocks):
+        for kind in ("weight", "bias"):
+            qkv = [getattr(linear, kind) for linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)]
+            yield f"blocks.{i}.attention.qkv.{kind}", torch.cat(qkv)
+        yield from layer(f"blocks.{i}.attention.out", block.attn1.to_out[0])
+        yield from layer(f"blocks.{i}.mlp.0", block.ff.net[0].proj)
+        yield from layer(f"blocks.{i}.mlp.2", block.ff.net[2])
+        yield from layer(f"blocks.{i}.modulation", block.norm1.linear)
+    yield from layer("modulation", reference.proj_out_1)
+    for name, p in reference.proj_out_2.named_parameters():
+        # pixels, then channels there; channels, then pixels here
+        p = p.unflatten(0, (patch, patch, channels)).permute(2, 0, 1, *range(3, p.ndim + 2)).flatten(0, 2)
+        yield f"patch_out.{name}", p
+
+
+def test_dit_equals_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    reference = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10, norm_eps=1e-6,
+    ).double().eval()  # fmt: skip
+    perturbed(reference)
+    network = DiT(4, 8, 2, width=16, depth=2, heads=2, num_classes=10, out_channels=8).double()
+    # each of their blocks has an embedding of its own: all are given one
+    embedding = torch.randn(3, 16, dtype=torch.float64)
+    for block in reference.transformer_blocks:
+        block.norm1.emb.forward = lambda *_, **__: embedding
+    network.embedding = Given(nn.functional.silu(embedding))
+    network.load_state_dict(dict(dit_weights(reference, 8, 2)))
+    network.positions = reference.pos_embed.pos_embed[0].double()
+    x, t, label = torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.tensor([3, 500, 900]), torch.tensor([1, 2, 3])
+    expected = reference(x, t, class_labels=label).sample
+    torch.testing.assert_close(network(x, torch.zeros(3)), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp"])
+def test_score_unet_embeds_an_augmentation_and_none_is_zero(name):
+    network = perturbed(NETWORKS[name]())
+    x, logsnr, label = batch(network)
+    plain = network(x, logsnr, label)
+    torch.testing.assert_close(network(x, logsnr, label, augment=torch.zeros(3, 5)), plain)
+    for k in range(5):
+        augment = torch.eye(5)[k].expand(3, 5)
+        assert (network(x, logsnr, label, augment=augment) - plain).abs().amax((1, 2, 3)).min() > 1e-4
+
+
+def test_score_unet_divides_by_sqrt_2_where_paths_meet():
+    block = Block(4, 0.0, 8, 8, attention=True)  # both branches are zero at first
+    x = torch.randn(2, 8, 4, 4)
+    torch.testing.assert_close(block(x, torch.zeros(2, 4)), x / 2)
+
+
+def test_fourier_features_tell_neighbouring_pixel_values_apart():
+    network = build("vdm_cifar10")
+    seen = []
+    network.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    network.unet.forward = lambda x, *_: x[:, :3]
+    x = torch.full((1, 3, 2, 2), 100 / 127.5 - 1)
+    network(x, torch.zeros(1)), network(x + 1 / 127.5, torch.zeros(1))
+    assert seen[0].shape == (1, 15, 2, 2)
+    torch.testing.assert_close(seen[0][:, 3:6], torch.sin(2**7 * math.pi * x))
+    torch.testing.assert_close(seen[0][:, 12:], torch.cos(2**8 * math.pi * x))
+    assert (seen[0] - seen[1])[:, :3].abs().max() < 0.01 < 0.5 < (seen[0] - seen[1])[:, 3:].abs().max()
+
+
+def test_simple_unet_drops_at_low_resolutions_only():
+    network = SimpleUNet(2, 16, 8, [1, 1, 1], [1, 2, 1], [], dropout=0.3, dropout_from=8, groups=4)
+    rates = [[block.dropout.p for block in stage] for stage in network.down]
+    assert rates == [[0.0], [0.3, 0.3], [0.3]]
+    assert [block.dropout.p for block in network.middle] == [0.3, 0.3]
 
 
 # --------------------------------------------------------------------------------------------------------------- pieces
@@ -417,6 +683,20 @@ def test_embedding_adds_a_row_per_class():
         (lambda: DiT(2, 9, 2, width=16, depth=1, heads=1), "multiple of 2"),
         (lambda: DiT(2, 8, 2, width=18, depth=1, heads=1), "multiple of 4"),
         (lambda: DiT(2, 8, 2, width=16, depth=1, heads=3), "3 heads do not divide 16"),
+        (lambda: score_unet(True)(torch.ones(1, 2, 8, 9), torch.zeros(1)), r"multiples of 2, not \[1, 2, 8, 9\]"),
+        (lambda: score_unet(False, attention=[16]), r"resolution 16, but the network has only \[8, 4\]"),
+        (lambda: score_unet(False, num_classes=-1), "negative"),
+        (
+            lambda: NETWORKS["ncsnpp_unlabelled"]()(torch.ones(1, 2, 8, 8), torch.zeros(1), torch.tensor([1])),
+            "labels are given",
+        ),
+        (
+            lambda: NETWORKS["ncsnpp_unlabelled"]()(torch.ones(1, 2, 8, 8), torch.zeros(1), augment=torch.zeros(1, 9)),
+            "augment_labels=9",
+        ),
+        (lambda: SimpleUNet(2, 8, 8, [1, 2], [1], groups=4), "has 1 numbers for 2 levels"),
+        (lambda: SimpleUNet(2, 8, 8, [1, 2], [1, 1], heads=3, groups=4), "3 heads do not divide"),
+        (lambda: NETWORKS["simple"]()(torch.ones(1, 3, 8, 8), torch.zeros(1)), r"\[B, 2, H, W\]"),
         (lambda: NETWORKS["dit"]()(torch.ones(1, 2, 16, 16), torch.zeros(1)), r"\[B, 2, 8, 8\], not \[1, 2, 16, 16\]"),
     ],
 )

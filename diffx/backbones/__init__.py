@@ -2,6 +2,9 @@
 
 from diffx.backbones.base import Backbone
 from diffx.backbones.dit import DiT
+from diffx.backbones.flat_unet import FlatUNet
+from diffx.backbones.score_unet import ScoreUNet
+from diffx.backbones.simple_unet import SimpleUNet
 from diffx.backbones.unet import UNet
 
-__all__ = ["Backbone", "DiT", "UNet"]
+__all__ = ["Backbone", "DiT", "FlatUNet", "ScoreUNet", "SimpleUNet", "UNet"]

@@ -10,7 +10,13 @@ class Backbone(nn.Module, ABC):
 
     A new one writes `forward`, free of branches on the data so that `torch.compile` sees one graph, and treats every
     sample of the batch on its own.
+
+    Attributes:
+        augment_labels: how many labels of an augmentation the network embeds; with some, `forward` takes `augment`,
+            shape `[B, augment_labels]`, where None is zero for all.
     """
+
+    augment_labels: int = 0
 
     @abstractmethod
     def forward(self, x: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:

@@ -67,8 +67,8 @@ class UNet(Backbone):
     ) -> None:
         super().__init__()
         widths = [int(base * m) for m in mult]
-        resolutions = _resolutions(image_size, len(widths), attention)
-        _check_channels(widths, groups, heads, head_channels)
+        sizes = resolutions(image_size, len(widths), attention)
+        check_channels(widths, groups, heads, head_channels)
         self.in_channels = in_channels
         self.out_channels = in_channels if out_channels is None else out_channels
         self.image_size = image_size
@@ -92,7 +92,7 @@ class UNet(Backbone):
             return block(width, width, nn.Upsample(scale_factor=2.0)) if resblock_updown else ConvUp(width)
 
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        levels = list(enumerate(zip(resolutions, widths, strict=True)))
+        levels = list(enumerate(zip(sizes, widths, strict=True)))
         width, skips = widths[0], [widths[0]]
         self.down = nn.ModuleList()
         for level, (resolution, new) in levels:
@@ -245,7 +245,17 @@ class ConvUp(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
-def _resolutions(image_size: int, levels: int, attention: Sequence[int]) -> list[int]:
+def resolutions(image_size: int, levels: int, attention: Sequence[int]) -> list[int]:
+    """The resolution of each level of a U-Net, the first that of the image.
+
+    Arguments:
+        image_size: height and width of the image.
+        levels: the number of levels.
+        attention: the resolutions at which attention is asked for.
+
+    Raises:
+        DiffxError: if the image cannot be halved often enough, or a resolution for attention does not occur.
+    """
     if levels < 1:
         raise DiffxError("backbone.mult is empty; give at least one level, such as [1, 2]")
     multiple = 2 ** (levels - 1)
@@ -254,16 +264,17 @@ def _resolutions(image_size: int, levels: int, attention: Sequence[int]) -> list
             f"an image of {image_size} cannot be halved {levels - 1} times; "
             f"image_size must be a multiple of {multiple}, or give fewer levels in backbone.mult"
         )
-    resolutions = [image_size // 2**level for level in range(levels)]
-    if missing := sorted(set(attention) - set(resolutions)):
+    sizes = [image_size // 2**level for level in range(levels)]
+    if missing := sorted(set(attention) - set(sizes)):
         raise DiffxError(
-            f"attention is asked for at resolution {missing[0]}, but the network has only {resolutions}; "
+            f"attention is asked for at resolution {missing[0]}, but the network has only {sizes}; "
             "choose backbone.attention among these"
         )
-    return resolutions
+    return sizes
 
 
-def _check_channels(widths: list[int], groups: int, heads: int | None, head_channels: int | None) -> None:
+def check_channels(widths: list[int], groups: int, heads: int | None, head_channels: int | None) -> None:
+    """Raises `DiffxError` if the widths do not divide into groups and heads, or heads are given in two ways."""
     if heads and head_channels:
         raise DiffxError("heads and head_channels are both given; set one of them to null, it follows from the other")
     for divisor, what in ((groups, "groups"), (head_channels or 1, "head_channels")):

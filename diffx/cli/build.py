@@ -9,7 +9,8 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from diffx.autoencoders import Autoencoder
+from diffx.augmentations import Augmentation
+from diffx.autoencoders import Autoencoder, Variational
 from diffx.cli.types import locate_target
 from diffx.conditioning import Conditioner
 from diffx.data import DataSource
@@ -18,6 +19,7 @@ from diffx.denoisers import Denoiser, LearnedVariance, Preconditioned, Reschedul
 from diffx.evaluation import Evaluator
 from diffx.experiment import fingerprint
 from diffx.generate import Generator
+from diffx.objectives import ELBO
 from diffx.samplers import DDPMLearned
 from diffx.training import EMA, DiffusionModule
 from diffx.training.callbacks import Point
@@ -55,6 +57,7 @@ def build(config: Config) -> Arm:
     torch.manual_seed(config["seed"])
     source: DataSource = make(config, "data")
     autoencoder: Autoencoder = make(config, "autoencoder")
+    _check_encoded(source, autoencoder)
     conditioner: Conditioner = make(config, "conditioning")
     denoiser = build_denoiser(config)
     # the variational bound has its own weights and times
@@ -71,10 +74,22 @@ def build(config: Config) -> Arm:
         make(config, "lr_schedule"),
         seed=config["seed"],
         batch_size=source.batch_size,
+        augmentation=_augmentation(config, denoiser),
     )
     return Arm(
         config, source, module, build_evaluator(config, source), generators(config, autoencoder, conditioner, source)
     )
+
+
+def _check_encoded(source: DataSource, autoencoder: Autoencoder) -> None:
+    """Refuses latents of another autoencoder: what it cannot decode would still look like training."""
+    encoded_by = getattr(source, "encoded_by", "")
+    if encoded_by and encoded_by != autoencoder.fingerprint():
+        raise DiffxError(
+            f"the latents of data={source.name} were encoded by another autoencoder ({encoded_by[:12]}, and this is "
+            f"{autoencoder.fingerprint()[:12]}); choose the autoencoder and weights they were encoded by, or encode "
+            "them anew: diffx data encode"
+        )
 
 
 _OF_OBJECTIVE = ("time_sampler", "weighting")
@@ -93,6 +108,21 @@ def _backbone(config: Config) -> Any:
     if outputs == 1 or config["backbone"].get("out_channels") is not None:
         return make(config, "backbone")
     return make(config, "backbone", out_channels=outputs * config["backbone"]["in_channels"])
+
+
+def _augmentation(config: Config, denoiser: Preconditioned) -> Augmentation | None:
+    """What is done to training samples; none in configs that do not name any."""
+    if not config.get("augmentation"):
+        return None
+    augmentation: Augmentation = make(config, "augmentation")
+    known = getattr(denoiser.backbone, "augment_labels", 0)
+    if augmentation.labels and known != augmentation.labels:
+        raise DiffxError(
+            f"the augmentation has {augmentation.labels} labels and the network is told {known}, so that it would make "
+            f"augmented samples; set augmentation=none, or backbone.augment_labels={augmentation.labels} on a backbone "
+            "that has it, such as ddpmpp_cifar10"
+        )
+    return augmentation
 
 
 def build_evaluator(config: Config, source: DataSource) -> Evaluator:
@@ -177,6 +207,7 @@ def check(arm: Arm, here: bool = True) -> None:
             undefined combination.
     """
     config, trainer = arm.config, arm.config["trainer"]
+    check_schedule(arm)
     GlobalBatches(
         arm.source.batch_size,
         world_size=trainer["devices"] * trainer["num_nodes"],
@@ -192,7 +223,10 @@ def check(arm: Arm, here: bool = True) -> None:
     arm.source.check()
     # what fits into memory is decoded now, so that a corrupt file is found before anything is written
     arm.source.split("train")
+    _check_latents(arm)
     if config["evaluation"]["num_samples"] or config["evaluation"]["interim_samples"]:
+        if arm.evaluator.split is not None and not len(arm.source.split(arm.evaluator.split)):
+            arm.source.split(arm.evaluator.split).fingerprint()  # says what is missing
         arm.evaluator.check(config["evaluation"]["num_samples"])
     averages = arm.module.ema.named()
     if config["weights"] == "best" and config["checkpoint"]["monitor"] is None:
@@ -216,6 +250,38 @@ def check(arm: Arm, here: bool = True) -> None:
                 "sampler=ddpm_learned needs a model that has learned the variance; set denoiser=learned_variance "
                 "objective=hybrid, or take sampler=ddpm"
             )
+
+
+def _check_latents(arm: Arm) -> None:
+    """Refuses a backbone that is not of the shape of the latents, and bounds for what has none."""
+    channels, size, _ = arm.module.autoencoder.latent_shape(arm.source.channels, arm.source.image_size)
+    for key, wanted in (("in_channels", channels), ("image_size", size)):
+        found = arm.config["backbone"].get(key, wanted)
+        if found != wanted:
+            raise DiffxError(
+                f"backbone.{key} is {found}, and latents have {channels}x{size}x{size} numbers; set "
+                f"backbone.in_channels={channels} backbone.image_size={size}"
+            )
+    bounds = {arm.config["thresholding"].get("low"), arm.config["thresholding"].get("bound")}
+    if isinstance(arm.module.autoencoder, Variational) and bounds & {-1.0, 1.0}:
+        raise DiffxError("thresholding would keep latents in [-1, 1], the range of pixels; set thresholding=none")
+
+
+def check_schedule(arm: Arm) -> None:
+    """Refuses to train a schedule on a loss whose gradient says nothing about schedules.
+
+    The variational bound does not depend on a schedule's interior, so that its variance can be minimised instead; any
+    other loss would fall by moving the schedule to where the loss is small.
+
+    Raises:
+        DiffxError: naming the objective that does.
+    """
+    trained = any(parameter.requires_grad for parameter in arm.module.denoiser.schedule.parameters())
+    if trained and not isinstance(arm.module.objective, ELBO):
+        raise DiffxError(
+            f"objective {type(arm.module.objective).__name__} would move a learned schedule to wherever that loss is "
+            "small; set objective=elbo, or choose another schedule than learned"
+        )
 
 
 def make(config: Config, group: str, **parts: Any) -> Any:

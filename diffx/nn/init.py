@@ -15,8 +15,9 @@ def zeros(layer: Layer) -> Layer:
     return layer
 
 
-def xavier(layer: nn.Linear) -> nn.Linear:
-    """The layer with a Xavier-uniform weight and a zero bias."""
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
+def xavier(layer: Layer, gain: float = 1.0) -> Layer:
+    """The layer with a Xavier-uniform weight, times `gain`, and a zero bias."""
+    nn.init.xavier_uniform_(layer.weight, gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer

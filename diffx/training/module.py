@@ -1,4 +1,7 @@
-"""The LightningModule: batch → autoencoder → objective(denoiser) → loss. All else in training is a callback."""
+"""The LightningModule: batch → autoencoder → augmentation → objective(denoiser) → loss.
+
+All else in training is a callback.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,6 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from diffx.augmentations import Augmentation, NoAugmentation
 from diffx.autoencoders import Autoencoder
 from diffx.conditioning import Conditioner
 from diffx.denoisers import Preconditioned
@@ -31,6 +35,7 @@ class DiffusionModule(L.LightningModule):
         lr_schedule: factor of the learning rate per step.
         seed: the seed of all random numbers of training.
         batch_size: the global batch, over all ranks and accumulated micro-batches.
+        augmentation: what is done to the encoded samples; nothing by default.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class DiffusionModule(L.LightningModule):
         lr_schedule: LRSchedule,
         seed: int,
         batch_size: int,
+        augmentation: Augmentation | None = None,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
@@ -55,6 +61,7 @@ class DiffusionModule(L.LightningModule):
         self.lr_schedule = lr_schedule
         self.seed = seed
         self.batch_size = batch_size
+        self.augmentation = augmentation or NoAugmentation()
         self.grad_norm: Tensor | None = None
         self.first_nonfinite = torch.tensor(-1)  # −1: none; on the device, so that no step waits for it
 
@@ -71,8 +78,8 @@ class DiffusionModule(L.LightningModule):
         """
         keys = Keys(self.seed, batch["index"], total=self.batch_size)
         with torch.no_grad():
-            x = self.autoencoder.encode(batch)
-        terms = self.objective(self.denoiser, x, keys, **self.conditioner(batch, keys))
+            x, augmented = self.augmentation(self.autoencoder.encode(batch), keys)
+        terms = self.objective(self.denoiser, x, keys, **self.conditioner(batch, keys), **augmented)
         losses = terms["loss"]
         self._watch(losses.detach(), batch["index"])
         further = {name: value.detach() for name, value in terms.items() if name not in ("loss", "logsnr")}
