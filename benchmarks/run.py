@@ -14,6 +14,7 @@ from pathlib import Path
 
 import evaluation
 import keyed_noise
+import loading
 import sampler_step
 import torch
 import training_step
@@ -27,6 +28,7 @@ PARTS = {
     "sampler": sampler_step.cases,
     "noise": keyed_noise.cases,
     "evaluation": evaluation.cases,
+    "loading": loading.cases,
 }
 
 
@@ -37,7 +39,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: this process's time, on a busy machine")
     parser.add_argument("--output", type=Path, default=HERE / "results.json", help="the JSON file")
+    parser.add_argument("--images", type=Path, help="loading: class folders of 32×32 JPEGs (default: drawn ones)")
     arguments = parser.parse_args()
+    loading.IMAGES = arguments.images
     torch.set_num_threads(arguments.threads)
     gc.freeze()  # what is imported need not be searched for garbage before each measurement
     console = Console()

@@ -1,7 +1,9 @@
 """The way from images to what is diffused, and back."""
 
+import hashlib
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 
@@ -13,7 +15,7 @@ class Autoencoder(nn.Module, ABC):
         """What the diffusion model is trained on.
 
         Arguments:
-            batch: holds `x`, uint8 `[B, C, H, W]`.
+            batch: holds `x`, uint8 `[B, C, H, W]`, or what the autoencoder has made of it before.
 
         Returns:
             Latents of about unit scale, float32 `[B, c, h, w]`.
@@ -35,4 +37,16 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
-        """The shape (c, h, w) of the latent of one square image of `channels` and `image_size` pixels."""
+        """The shape (c, h, w) of the latent of one square image of `channels` and `image_size` pixels.
+
+        Raises:
+            DiffxError: if it takes no such images.
+        """
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that change with the kind of autoencoder, its weights and the scale of its latents."""
+        digest = hashlib.blake2b(type(self).__name__.encode(), digest_size=16)
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()

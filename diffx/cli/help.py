@@ -4,14 +4,16 @@ from diffx.cli.paths import groups
 
 COMMANDS = {
     "train": "train a model, resume it, or say that it is finished; then evaluate it",
-    "plan": "show what a sweep would train: effective weights, equal arms, arms that cannot work",
+    "plan": "show what a sweep would train and cost: effective weights, equal arms, hours, arms that cannot work",
     "jobs": "show what has become of every arm, its job and its log; resubmit or cancel",
     "parts": "describe every schedule, weighting, sampler, … with formula, source and defaults",
     "sample": "sample a trained run with any sampler, steps, guidance, labels and seed",
     "evaluate": "measure trained runs, or images: FID, IS, KID and their kin, with uncertainty and protocol",
     "reference": "compute the statistics that samples are compared with, for nodes without the data or the network",
+    "data": "pack images into shards, look at them, encode them into latents",
     "learn-times": "find the times at which few steps of a sampler come nearest to the exact solution",
     "fit-classifier": "train the classifier of noisy images that guidance=classifier climbs",
+    "fit-autoencoder": "train a small KL autoencoder for latent diffusion",
     "fit-extractor": "fit the small classifier that metrics on a labelled data set stand on",
 }
 
@@ -112,16 +114,23 @@ examples:
 """
 
 PLAN = """\
-diffx plan: what a sweep would train, before anything is trained.
+diffx plan: what a sweep would train and what it would cost, before anything is trained.
 
-usage: diffx plan [KEY=VALUE …] [GROUP=CHOICE,CHOICE …] [out=plan.png]
+usage: diffx plan [KEY=VALUE …] [GROUP=CHOICE,CHOICE …] [probe=10] [out=plan.png]
 
 For each arm: its parameters, its range of logSNR, and the effective weight of its loss over logSNR, as a table and a
 plot. It says which arms are the same objective written differently, which differ by a constant, and which cannot work.
 
+Then it trains, samples and measures a little on this machine, in a temporary folder, and tells images per second, peak
+memory, FLOPs per image, and the hours of every run that is not finished, evaluations included. Arms of one network,
+batch, data and precision are tried out once.
+
+  probe=10           seconds for which training steps are timed; probe=false leaves costs out
+  out=plan.png       the plot: .png, .pdf or .svg
+
 examples:
   diffx plan schedule=linear,cosine parameterization=eps,v seed=0,1,2
-  diffx plan parameterization=eps,x0 weighting=unit,snr
+  diffx plan parameterization=eps,x0 weighting=unit,snr probe=false
 """
 
 REFERENCE = """\
@@ -156,6 +165,7 @@ diffx fit-classifier: train a classifier of noisy images, for guidance=classifie
 usage: diffx fit-classifier data=CHOICE [schedule=CHOICE] [out=FILE.safetensors] [training.max_steps=2000]
        [classifier.width=32] [optimizer.lr=2e-3] [data.batch_size=N] [seed=0] [device=auto]
 
+For latent diffusion give the autoencoder of the model: the classifier sees the latents that the denoiser sees.
 Held-out accuracy by logSNR is printed and kept in the file.
 
 examples:
@@ -169,11 +179,126 @@ diffx learn-times: find the times at which K steps of a sampler come nearest to 
 usage: diffx learn-times run=DIR sampler=CHOICE sampler.steps=K [n=256] [iterations=20] [out=FILE.json] [device=auto]
 
 Takes a deterministic sampler. The times are kept as logSNR, so that any schedule can use them, and compared with
-uniform, Karras and logSNR spacing on samples that the search has not seen.
+uniform, Karras and logSNR spacing: by the distance to the exact solution on samples that the search has not seen, and
+by the Fréchet distance of evaluation.num_samples samples on each (0: not measured).
 
 examples:
   diffx learn-times run=DIR sampler=dpmpp_2m sampler.steps=6
   diffx evaluate run=DIR sampler=dpmpp_2m sampler.steps=6 discretization=learned discretization.path=FILE
+"""
+
+FIT_AUTOENCODER = """\
+diffx fit-autoencoder: train diffx's own small KL autoencoder, minutes on a CPU for images of 32 pixels.
+
+usage: diffx fit-autoencoder data=CHOICE [out=FILE.safetensors] [KEY=VALUE …]
+
+  training.max_steps=1000         optimizer steps of data.batch_size images
+  training.loss=l1                l1 or mse, of the reconstruction
+  training.kl_weight=1e-6         of the KL divergence to N(0, I)
+  autoencoder.mult=[1,2]          the width of each level over autoencoder.base; each but the last halves the size
+  autoencoder.base=16  autoencoder.blocks=1  autoencoder.latent_channels=4
+  optimizer.lr=2e-3  seed=0  device=auto
+
+Without the adversarial and perceptual losses of a full first stage: fine details stay blurred. The error on held-out
+images is printed as PSNR, and kept in the file with the scale of the latents.
+
+examples:
+  diffx fit-autoencoder data=cifar10 out=kl.safetensors
+  diffx data encode SHARDS LATENTS autoencoder=kl autoencoder.weights=kl.safetensors
+"""
+
+DATA = """\
+diffx data: images into tar shards, a look at them, and latents of them.
+
+usage: diffx data pack SOURCE DEST [KEY=VALUE …]      any images into shards of WebDataset's layout
+       diffx data inspect PATH [KEY=VALUE …]          what shards hold: statistics, classes, broken samples, a picture
+       diffx data encode SOURCE DEST autoencoder=…    shards into shards of latents, to train on with data=latents
+
+diffx data COMMAND --help tells more.
+
+examples:
+  diffx data pack photos shards image_size=64
+  diffx data inspect shards out=grid.png
+  diffx data encode shards latents autoencoder=kl autoencoder.weights=kl.safetensors
+"""
+
+DATA_PACK = """\
+diffx data pack: put images into tar shards, once, for fast reading from any disk.
+
+usage: diffx data pack SOURCE DEST [KEY=VALUE …]
+       diffx data pack DEST data=CHOICE [data.KEY=VALUE …]      a data set that diffx knows
+
+SOURCE is a folder of images (its subfolders are classes; train and test or val are splits; name.txt and name.json go
+with name.jpg), a folder of idx files, an .npz (images and labels, arr_0 and arr_1, x_train and y_train …), parquet
+files as Hugging Face writes them, or shards. DEST gets the shards and manifest.json; splits get a folder each in DEST.
+The same command again goes on where it was interrupted; the shards are the same bytes for any number of workers.
+
+  shard_size=10000        samples in a shard, or bytes, such as 256MB
+  image_size=null         scale the shorter side to so many pixels and crop the centre; null leaves the size
+  filter=adm              adm (boxes, then bicubic), bicubic, lanczos, bilinear, box: all antialiased
+  format=null             jpg, png, webp (lossless) or npy; null keeps files that nothing changes about, else png
+  quality=95              of jpg
+  channels=null           1 for grey, 3 for RGB; null leaves the colours
+  upscale=false           enlarge smaller images, instead of refusing them
+  shuffle=true seed=0     a random order, so that no shard holds one class only
+  keys=names              from the files' names, or numbers
+  classes=true            keep classes
+  broken=stop             at an image that cannot be read, or skip it and note it in the manifest
+  num_classes=null        refuse labels of this number or more; null takes what there is
+  image_key, label_key, text_key    the arrays or columns, where their names are not the usual ones
+  workers=null            processes; null takes every core
+
+examples:
+  diffx data pack ~/photos shards image_size=64
+  diffx data pack imagenet shards image_size=256 format=jpg shard_size=1GB
+  diffx data pack cifar10.npz shards
+  diffx data pack shards data=fashion_mnist data.root=FOLDER
+  diffx data pack old_shards new_shards image_size=128 keys=numbers
+"""
+
+DATA_INSPECT = """\
+diffx data inspect: what shards, or anything that can be packed, hold; every sample is read.
+
+usage: diffx data inspect PATH [KEY=VALUE …]
+
+Prints the number of samples, mean and standard deviation of each channel, sizes and colour modes, the balance of the
+classes, and every sample that cannot be read, by shard and key; then the exit code is 1.
+
+  out=null           a PNG of samples, a row for each class
+  n=100              images in it
+  checksums=false    compare the shards with the sha256 in their manifest
+  classes=true       read classes
+  workers=null       processes; null takes every core
+
+examples:
+  diffx data inspect shards out=grid.png
+  diffx data inspect shards checksums=true
+"""
+
+DATA_ENCODE = """\
+diffx data encode: encode images once, and train on their latents.
+
+usage: diffx data encode SOURCE DEST autoencoder=CHOICE autoencoder.weights=FILE [KEY=VALUE …]
+       diffx data encode DEST data=CHOICE autoencoder=… …      a data set that diffx knows
+
+SOURCE is anything that diffx data pack takes. DEST gets a shard for each shard of SOURCE (or for each shard_size
+samples): key.npy has mean and log-variance of the latent, so that training draws from it anew each time. The manifest
+has the latents' mean and standard deviation and the fingerprint of the autoencoder; no other one can be trained with.
+The same command again goes on where it was interrupted.
+
+  dtype=float16           or float32
+  flip=false              store the latent of the mirrored image too; training chooses with data.flip=true
+  batch_size=64           images at a time
+  image_size=null         scale and crop first, as diffx data pack does; null takes images as they are
+  filter=adm  channels=3  upscale=false  shard_size=10000  classes=true
+  device=auto  devices=1  auto, cpu, cuda; how many processes on this machine
+  rank, world_size        this process, and how many there are, on several machines; under srun they are known
+
+examples:
+  diffx data encode shards latents autoencoder=kl autoencoder.weights=kl.safetensors
+  diffx data encode shards latents autoencoder=diffusers autoencoder.weights=stabilityai/sd-vae-ft-ema devices=8
+  diffx train data=latents data.shards=latents data.channels=4 data.image_size=16 data.decoded_size=32 \\
+              data.num_classes=10 thresholding=none autoencoder=kl autoencoder.weights=kl.safetensors data.images=shards
 """
 
 _TEXTS = {
@@ -187,6 +312,11 @@ _TEXTS = {
     "fit-extractor": FIT_EXTRACTOR,
     "fit-classifier": FIT_CLASSIFIER,
     "learn-times": LEARN_TIMES,
+    "fit-autoencoder": FIT_AUTOENCODER,
+    "data": DATA,
+    "data pack": DATA_PACK,
+    "data inspect": DATA_INSPECT,
+    "data encode": DATA_ENCODE,
 }
 
 
@@ -204,6 +334,11 @@ def overview() -> str:
     )
 
 
+def topic(name: str, arguments: list[str]) -> str:
+    """What `diffx NAME ARGUMENTS` asks help for: the command, or a command below it."""
+    return next((f"{name} {word}" for word in arguments[:1] if f"{name} {word}" in _TEXTS), name)
+
+
 def command_help(name: str) -> str:
     """The text of `diffx NAME --help`, with the choices that the config folders hold now."""
     text = _TEXTS[name]
@@ -217,8 +352,15 @@ def command_help(name: str) -> str:
         "reference": ["data", "extractor"],
         "fit-extractor": ["data"],
         "learn-times": ["sampler", "guidance", "thresholding", "schedule"],
-        "fit-classifier": ["data", "schedule", "time_sampler", "optimizer", "lr_schedule"],
+        "fit-classifier": ["data", "autoencoder", "schedule", "time_sampler", "optimizer", "lr_schedule"],
+        "fit-autoencoder": ["data", "optimizer", "lr_schedule"],
+        "data": ["data", "autoencoder"],
+        "data pack": ["data"],
+        "data inspect": [],
+        "data encode": ["data", "autoencoder"],
     }[name]
+    if not shown:
+        return text
     choices = groups()
     width = max(map(len, shown))
     lines = [f"  {group + '=':<{width + 1}} {' | '.join(choices[group])}" for group in shown if group in choices]

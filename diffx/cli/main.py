@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from diffx.cli.help import COMMANDS, command_help, overview
+from diffx.cli.help import COMMANDS, command_help, overview, topic
 from diffx.errors import DiffxError, nearest
 
 
@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
     if name not in COMMANDS:
         raise DiffxError(f"there is no command '{name}'{nearest(name, COMMANDS)}; diffx --help lists them")
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(command_help(name))
+        print(command_help(topic(name, arguments)))
         return 0
     # OpenMP threads that spin while they wait lose most of the speed where another process has one of the cores
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -55,6 +55,29 @@ TOP_LEVEL: dict[str, Any] = {
     "min_accuracy": float,
     "epochs": int | None,
     "iterations": int,
+    "image_size": int | None,
+    "channels": int | None,
+    "filter": str,
+    "format": str | None,
+    "quality": int,
+    "upscale": bool,
+    "shard_size": int | str,
+    "shuffle": bool,
+    "keys": str,
+    "classes": bool,
+    "num_classes": int | None,
+    "image_key": str | None,
+    "label_key": str | None,
+    "text_key": str | None,
+    "broken": Literal["stop", "skip"],
+    "workers": int | None,
+    "checksums": bool,
+    "dtype": Literal["float16", "float32"],
+    "flip": bool,
+    "rank": int | None,
+    "world_size": int | None,
+    "training.kl_weight": float,
+    "training.loss": Literal["l1", "mse"],
 }
 """The types of the keys that no constructor takes."""
 
@@ -78,6 +101,10 @@ POSITIVE = {
     "batch_size",
     "epochs",
     "iterations",
+    "image_size",
+    "num_classes",
+    "workers",
+    "world_size",
 }
 """Those of them that count something."""
 

@@ -1,19 +1,43 @@
 """From an image file to uint8 pixels: colour, orientation, size. One way for every file."""
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from diffx.utils import DiffxError
 
+try:
+    import simplejpeg  # pyright: ignore[reportMissingImports]
+except ImportError:  # where there is no wheel of it: PIL decodes to the same pixels, several times slower
+    simplejpeg = None
+
 T = TypeVar("T")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", *_SIXTEEN_BITS)
 _TURNED = 0x0112  # the EXIF tag of the camera's orientation
+_MOST_PIXELS = 2 * 89_478_485  # PIL's limit, against files that unpack to more than the memory holds
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A part of an image, instead of its centre.
+
+    Arguments:
+        zoom: the image is scaled to cover `zoom` times the size, but is not enlarged for it; at least 1.
+        left: where the crop lies in the width that is left over, in [0, 1).
+        top: likewise in the height.
+    """
+
+    zoom: float
+    left: float
+    top: float
 
 
 def read_image(path: Path, channels: int, image_size: int, upscale: bool) -> np.ndarray:
@@ -40,41 +64,124 @@ def read_image(path: Path, channels: int, image_size: int, upscale: bool) -> np.
     Raises:
         DiffxError: if the file is missing, corrupt, of an unknown kind, or too small, naming the file.
     """
-    return _guarded(path, image_size, upscale, lambda image: _pixels(image, channels, image_size))
+    with _opened(path) as file:
+        size = (image_size, image_size)
+        return _guarded(path, file, size, upscale, lambda image: _pixels(image, channels, size, None)).transpose(
+            2, 0, 1
+        )
+
+
+def decode_image(
+    data: bytes, name: object, channels: int, size: tuple[int, int], upscale: bool, crop: Crop | None = None
+) -> np.ndarray:
+    """The image of a file that is in memory, with the colours and the scaling of `read_image`.
+
+    Arguments:
+        data: the file's bytes.
+        name: what messages call it.
+        channels: 1 for grey, 3 for RGB.
+        size: height and width of the result, in pixels; the image is scaled to cover both, then cropped.
+        upscale: whether smaller images are enlarged; otherwise they are refused.
+        crop: the part to take; the centre by default.
+
+    Returns:
+        uint8 `[height, width, channels]`.
+
+    Raises:
+        DiffxError: if it is corrupt, of an unknown kind, or too small, naming it.
+    """
+    found = _fast_jpeg(data, channels)
+    if found is None:
+        return _guarded(name, io.BytesIO(data), size, upscale, lambda image: _pixels(image, channels, size, crop))
+    if found.shape[:2] == size and found.shape[2] == channels:
+        return found
+    image = Image.fromarray(found[..., 0] if found.shape[2] == 1 else found)
+    _check_size(name, image, size, upscale)
+    return _pixels(image, channels, size, crop)
 
 
 def check_header(path: Path, image_size: int, upscale: bool) -> None:
     """Raises the errors of `read_image` that can be found without decoding."""
-    _guarded(path, image_size, upscale, lambda image: None)
+    with _opened(path) as file:
+        _guarded(path, file, (image_size, image_size), upscale, lambda image: None)
 
 
-def _guarded(path: Path, image_size: int, upscale: bool, read: Callable[[Image.Image], T]) -> T:
+def image_shape(data: bytes, name: object) -> tuple[int, int]:
+    """Height and width of the image in a file, before any turning, from its header.
+
+    Raises:
+        DiffxError: if it is no image, naming it.
+    """
+    return _guarded(name, io.BytesIO(data), (1, 1), True, lambda image: (image.height, image.width))
+
+
+def _fast_jpeg(data: bytes, channels: int) -> np.ndarray | None:
+    """An ordinary JPEG, uint8 `[H, W, 1 or 3]`; None for all else, which PIL reads or refuses."""
+    if simplejpeg is None or data[:2] != b"\xff\xd8":
+        return None
+    head = data[:65536]
+    if b"Exif\0\0" in head or b"tiff:Orientation" in head:
+        return None
     try:
-        with Image.open(path) as image:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in ("Gray", "YCbCr", "RGB") or height * width > _MOST_PIXELS:
+            return None
+        return simplejpeg.decode_jpeg(data, "GRAY" if colours == "Gray" and channels == 1 else "RGB")
+    except ValueError:
+        return None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DiffxError(f"'{path}' cannot be read as an image ({error}); replace or remove it") from error
+    with file:
+        yield file
+
+
+def _guarded(
+    name: object, file: IO[bytes], size: tuple[int, int], upscale: bool, read: Callable[[Image.Image], T]
+) -> T:
+    try:
+        with Image.open(file) as image:
             if image.mode not in _MODES:
                 raise DiffxError(
-                    f"'{path}' has pixels of PIL's mode {image.mode}, which have no agreed range of values; save it "
+                    f"'{name}' has pixels of PIL's mode {image.mode}, which have no agreed range of values; save it "
                     "as grey or RGB of 8 bits"
                 )
-            if min(image.size) < image_size and not upscale:
-                raise DiffxError(
-                    f"'{path}' has {image.width}×{image.height} pixels, too few for data.image_size={image_size}; set "
-                    f"data.image_size={min(image.size)} or less, set data.upscale=true, or remove it"
-                )
+            _check_size(name, image, size, upscale)
             return read(image)
     except DiffxError:
         raise
     except Exception as error:  # each of PIL's decoders has its own kinds
-        raise DiffxError(f"'{path}' cannot be read as an image ({error}); replace or remove it") from error
+        raise DiffxError(f"'{name}' cannot be read as an image ({error}); replace or remove it") from error
 
 
-def _pixels(image: Image.Image, channels: int, image_size: int) -> np.ndarray:
+def _check_size(name: object, image: Image.Image, size: tuple[int, int], upscale: bool) -> None:
+    if (image.height < size[0] or image.width < size[1]) and not upscale:
+        wanted = f"data.image_size={size[0]}" if size[0] == size[1] else f"{size[1]}×{size[0]}"
+        raise DiffxError(
+            f"'{name}' has {image.width}×{image.height} pixels, too few for {wanted}; set "
+            f"data.image_size={min(image.size)} or less, set data.upscale=true, or remove it"
+        )
+
+
+def _pixels(image: Image.Image, channels: int, size: tuple[int, int], crop: Crop | None) -> np.ndarray:
     if image.getexif().get(_TURNED, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    image = _scaled(_converted(image, "L" if channels == 1 else "RGB"), image_size)
-    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-    image = image.crop((left, top, left + image_size, top + image_size))
-    return np.asarray(image).reshape(image_size, image_size, channels).transpose(2, 0, 1)
+    image = _converted(image, "L" if channels == 1 else "RGB")
+    height, width = size
+    if crop is None:
+        image = _scaled(image, height, width)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+    else:
+        zoom = max(1.0, min(crop.zoom, image.width / width, image.height / height))
+        image = _scaled(image, round(zoom * height), round(zoom * width))
+        left, top = int(crop.left * (image.width - width + 1)), int(crop.top * (image.height - height + 1))
+    image = image.crop((left, top, left + width, top + height))
+    return np.asarray(image).reshape(height, width, channels)
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
@@ -89,11 +196,12 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _scaled(image: Image.Image, image_size: int) -> Image.Image:
-    while min(image.size) >= 2 * image_size:
+def _scaled(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The image in its proportions, just covering a size."""
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    shorter = min(image.size)
-    if shorter == image_size:
-        return image
-    size = (round(image.width * image_size / shorter), round(image.height * image_size / shorter))
-    return image.resize(size, Image.Resampling.BICUBIC)
+    if image.width * height <= image.height * width:
+        size = (width, round(image.height * width / image.width))
+    else:
+        size = (round(image.width * height / image.height), height)
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)

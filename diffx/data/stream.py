@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from diffx.data.base import Batch, DataSource, Images
+from diffx.data.loader import StreamLoader
 from diffx.utils import DiffxError, Keys
 from diffx.utils.random import permutation
 
@@ -145,7 +146,7 @@ def train_loader(
     world_size: int = 1,
     accumulate: int = 1,
     pin_memory: bool = False,
-) -> DataLoader[Batch]:
+) -> StreamLoader:
     """The loader of every source whose images have positions; arguments and batches as in `DataSource.train_loader`.
 
     Raises:
@@ -153,18 +154,6 @@ def train_loader(
     """
     batches = GlobalBatches(source.batch_size, start_step, rank, world_size, accumulate)
     images = source.split("train")
-    workers = 0 if images.in_memory else source.num_workers
-    return DataLoader(
-        Stream(images, seed, source.flip),
-        batch_sampler=batches,  # pyright: ignore[reportArgumentType]: a range is passed on as it is
-        collate_fn=_identity,  # pyright: ignore[reportArgumentType]: `__getitems__` gives no list
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=pin_memory,
-        # for the workers' seeds, which nothing uses; otherwise they are drawn from the global generator
-        generator=torch.Generator(),
+    return StreamLoader(
+        Stream(images, seed, source.flip), batches, 0 if images.in_memory else source.num_workers, pin_memory
     )
-
-
-def _identity(batch: Batch) -> Batch:
-    return batch

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from diffx.data import StreamLoader
 from diffx.training.module import DiffusionModule
 
 LOGSNR_EDGES = (-8.0, -4.0, 0.0, 4.0, 8.0)
@@ -31,6 +32,7 @@ class TrainingLog(L.Callback):
         self.latest: dict[str, float] = {}
         self._edges = torch.tensor(LOGSNR_EDGES)
         self._clock = (0.0, 0)
+        self._waited = (0.0, 0)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the open window of all ranks, so that a resumed run logs what the uninterrupted one logs."""
@@ -82,6 +84,7 @@ class TrainingLog(L.Callback):
                 for name, value in self.terms.items()
             },
             **by_noise_level(sums.tolist()),
+            **self._reading(trainer, elapsed),
         }
         if module.grad_norm is not None:
             self.latest["grad_norm"] = module.grad_norm.item()
@@ -90,6 +93,17 @@ class TrainingLog(L.Callback):
         self.terms = {}
         for logger in trainer.loggers:
             logger.log_metrics(self.latest, step=step)
+
+    def _reading(self, trainer: L.Trainer, elapsed: float) -> dict[str, float]:
+        """The share of the window's time spent waiting for data, and the samples that had to be replaced."""
+        loader = trainer.train_dataloader
+        if not isinstance(loader, StreamLoader):
+            return {}
+        waited, replaced = loader.waited - self._waited[0], loader.replaced - self._waited[1]
+        self._waited = loader.waited, loader.replaced
+        total = _over_ranks(trainer, self.sums.new_tensor([waited, replaced])).tolist()
+        shares = {"data_wait": total[0] / trainer.world_size / elapsed if elapsed > 0 else math.nan}
+        return shares | ({"data_replaced": total[1]} if loader.replaced or total[1] else {})
 
 
 def _over_ranks(trainer: L.Trainer, sums: Tensor) -> Tensor:
