@@ -27,6 +27,8 @@ NOISIEST, CLEANEST = -18.0, 18.0
 
 _GAP = 1e-4  # the smallest step, as a part of the range of logSNR: float32 must tell the times apart
 
+_ENOUGH = 1e-3  # a step that lowers the mean square by less than this share is the last
+
 HEURISTICS: dict[str, Discretization] = {"uniform": Uniform(), "karras": Karras(), "logsnr": LogSNR()}
 """The grids with which the result is compared."""
 
@@ -189,15 +191,22 @@ def _minimise(problem: _Problem, start: Tensor, iterations: int) -> tuple[float,
         gaps = torch.cat([torch.from_numpy(logits), torch.zeros(1, dtype=torch.float64)]).softmax(0)
         return low + span * (_GAP + (1 - len(gaps) * _GAP) * gaps[:-1]).cumsum(0)
 
+    latest: dict[bytes, np.ndarray] = {}
+
     def residuals(logits: np.ndarray) -> np.ndarray:
-        return problem.residuals(_on(schedule, levels(logits))).numpy()
+        # the optimiser asks for the derivative where it has just asked for the value
+        if logits.tobytes() not in latest:
+            latest.clear()
+            latest[logits.tobytes()] = problem.residuals(_on(schedule, levels(logits))).numpy()
+        return latest[logits.tobytes()]
 
     # a difference large enough that the rounding of the samples does not show
     h = torch.finfo(problem.noise.dtype).eps ** (1 / 3)
 
     def jacobian(logits: np.ndarray) -> np.ndarray:
         at = residuals(logits)
-        return np.stack([(residuals(logits + h * unit) - at) / h for unit in np.eye(len(logits))], axis=1)
+        moved = (problem.residuals(_on(schedule, levels(logits + h * unit))).numpy() for unit in np.eye(len(logits)))
+        return np.stack([(value - at) / h for value in moved], axis=1)
 
     inside = schedule.logsnr(start[:-1].to(schedule.device)).cpu().clamp(low, high)
     gaps = (torch.cat([low[None], inside, high[None]]).diff() / span).clamp(min=10 * _GAP).log()
@@ -206,6 +215,7 @@ def _minimise(problem: _Problem, start: Tensor, iterations: int) -> tuple[float,
         (gaps[:-1] - gaps[-1]).numpy(),
         jacobian,  # pyright: ignore[reportArgumentType]: its annotation forgets functions
         x_scale="jac",
+        ftol=_ENOUGH,
         max_nfev=iterations,
     )
     return (2 * solution.cost) ** 0.5, levels(solution.x)

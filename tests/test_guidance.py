@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import F64, build, choices, each, no_noise
+from test_cli import TINY, run
 from torch import nn
 
+from diffx.autoencoders import Autoencoder, Pixels
 from diffx.conditioning import LabelConditioner, Unconditional
 from diffx.denoisers import Denoiser, GaussianMixture
 from diffx.guidance import (
@@ -550,6 +552,7 @@ def fitted():
     return fit_noisy_classifier(
         NoisyClassifier(1, 8, 10, width=16),
         build("data", "digits"),
+        Pixels(),
         Cosine(),
         build("time_sampler", "stratified"),
         lambda parameters: torch.optim.AdamW(parameters, lr=4e-3),
@@ -567,12 +570,13 @@ class Product(nn.Module):
 
 
 class Digits(Denoiser):
-    """The exact denoiser of the training images, a little blurred, without labels."""
+    """The exact denoiser of the training images, or their latents, a little blurred, without labels."""
 
-    def __init__(self, schedule):
+    def __init__(self, schedule, autoencoder=None):
         super().__init__()
         split = build("data", "digits").split("train")
-        x = split.get(torch.arange(0, len(split), 2))["x"].flatten(1) / 127.5 - 1
+        batch = split.get(torch.arange(0, len(split), 2))
+        x = (autoencoder or Pixels()).encode(batch).flatten(1)
         self.mixture, self.schedule = GaussianMixture(x, torch.full_like(x, 0.1), schedule), schedule
 
     def forward(self, x_t, t, **cond):
@@ -606,6 +610,68 @@ def test_the_classifier_guides_to_its_class_on_any_schedule(fitted, schedule):
         shares.append((extract(Classifier.shipped("digits"), images)[1].argmax(1) == label).float().mean().item())
     assert shares[0] < 0.3
     assert shares[1] > 0.8
+
+
+class Quarters(Autoencoder):
+    """A stand-in for an autoencoder: every second pixel is a channel of its own, at half the contrast."""
+
+    def encode(self, batch):
+        return nn.functional.pixel_unshuffle(0.5 * Pixels().encode(batch), 2)
+
+    def decode(self, latent):
+        return Pixels().decode(2 * nn.functional.pixel_shuffle(latent, 2))
+
+    def latent_shape(self, channels, image_size):
+        return 4 * channels, image_size // 2, image_size // 2
+
+
+def test_the_classifier_sees_the_latents_that_the_denoiser_sees():
+    torch.manual_seed(0)
+    autoencoder, source = Quarters(), build("data", "digits")
+    classifier = fit_noisy_classifier(
+        NoisyClassifier(4, 4, 10, width=16),
+        source,
+        autoencoder,
+        Cosine(),
+        build("time_sampler", "stratified"),
+        lambda parameters: torch.optim.AdamW(parameters, lr=4e-3),
+        lambda step: 1 - step / 200,
+        max_steps=200,
+        progress=False,
+    )
+    assert list(classifier.about["accuracy"].values())[-1] > 0.8
+    assert classifier.about["autoencoder"] == "Quarters"
+    denoiser, index = Digits(Cosine(), autoencoder), torch.arange(40)
+    times = build("discretization", "logsnr")(denoiser.schedule, 10).float()
+    x_T, label = Keys(1, index).normal("sample", 4, 4, 4), index % 10
+    shares = []
+    for scale in (0.0, 3.0):
+        guided = ClassifierGuidance(denoiser, LabelConditioner(10), classifier, scale)
+        x = build("sampler", "ddim")(guided, x_T, times, noise=no_noise, label=label)
+        logits = extract(Classifier.shipped("digits"), autoencoder.decode(x))[1]
+        shares.append((logits.argmax(1) == label).float().mean().item())
+    assert shares[0] < 0.3
+    assert shares[1] > 0.7
+
+
+def test_the_command_fits_and_uses_a_classifier_of_latents(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf/autoencoder").mkdir(parents=True)
+    (tmp_path / "conf/autoencoder/quarters.yaml").write_text("_target_: test_guidance.Quarters\n")
+    words = ["--config-dir", "conf", "autoencoder=quarters"]
+    fit = ["fit-classifier", *words, "training.max_steps=1", "classifier.width=8", "progress_bar=false"]
+    assert run(capsys, *fit, "out=c.safetensors")[0] == 0
+    assert NoisyClassifier.load("c.safetensors").shape == {"channels": 4, "image_size": 4, "num_classes": 10}
+    train = ["train", *words, *TINY, "backbone.in_channels=4", "backbone.image_size=4", "evaluation.num_samples=0"]
+    assert run(capsys, *dict.fromkeys(train))[0] == 0
+    (weights,) = tmp_path.glob("runs/digits/*/seed0/weights/ema.safetensors")
+    sample = ["sample", f"run={weights.parents[1]}", "n=4", "guidance=classifier", "sampler.steps=2"]
+    code, _, err = run(capsys, *sample, "guidance.classifier.weights=c.safetensors")
+    assert code == 0, err
+    # a classifier of pixels is refused before anything is sampled
+    assert run(capsys, *(word for word in fit if word != "autoencoder=quarters"), "out=p.safetensors")[0] == 0
+    code, _, err = run(capsys, *sample, "guidance.classifier.weights=p.safetensors")
+    assert code == 2 and "4x4x4" in err and err.count("\n") == 1
 
 
 @each("schedule")
@@ -741,9 +807,9 @@ def test_an_unconditional_guide_is_told_nothing(runs):
     from diffx.cli.guides import autoguidance
 
     x_t, t = Keys(0, torch.arange(2)).normal("x", 1, 8, 8), torch.tensor(0.6)
-    for run, differs in zip(runs, (True, False), strict=True):
+    for folder, differs in zip(runs, (True, False), strict=True):
         # at scale 0 it is the guide alone
-        guide = autoguidance(Digits(Cosine()), LabelConditioner(10), str(run), scale=0.0)
+        guide = autoguidance(Digits(Cosine()), LabelConditioner(10), str(folder), scale=0.0)
         one, other = (guide(x_t, t, label=torch.tensor(label)) for label in ([1, 2], [3, 4]))
         assert torch.equal(one, other) != differs
 

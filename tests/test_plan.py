@@ -1,4 +1,4 @@
-"""`diffx plan` tells objectives apart by what they weigh, and `diffx parts` describes what there is."""
+"""`diffx plan` tells objectives apart by what they weigh, and what they cost; `diffx parts` describes what there is."""
 
 import re
 
@@ -6,12 +6,18 @@ import pytest
 import torch
 from conftest import build, choices
 from PIL import Image
-from test_cli import run
+from test_cli import TINY, run
 
 from diffx.cli.parts import GROUPS, page, parts
 from diffx.cli.paths import config_dir
 from diffx.denoisers import Preconditioned
-from diffx.objectives.effective_weight import effective_weight
+from diffx.objectives import ELBO
+from diffx.objectives.effective_weight import (
+    effective_weight,
+    effective_weight_of_bound,
+    effective_weight_of_steps,
+)
+from diffx.utils import Keys
 
 F64 = torch.float64
 
@@ -56,7 +62,7 @@ def test_equal_objectives_are_recognised(one, other, factor):
 
 
 def test_the_command_names_equal_arms_and_those_that_cannot_work(capsys, tmp_path):
-    argv = ["schedule=cosine,zero_snr", "parameterization=eps,x0", "weighting=snr,unit", "seed=0,1"]
+    argv = ["schedule=cosine,zero_snr", "parameterization=eps,x0", "weighting=snr,unit", "seed=0,1", "probe=false"]
     code, out, _ = run(capsys, "plan", *argv, f"out={tmp_path}/plan.png")
     flat = " ".join(out.split())
     assert code == 2
@@ -65,10 +71,79 @@ def test_the_command_names_equal_arms_and_those_that_cannot_work(capsys, tmp_pat
     assert flat.count("0,1") >= 6  # both seeds of the six arms that work
     with Image.open(tmp_path / "plan.png") as image:
         image.load()
-    code, out, _ = run(capsys, "plan", "schedule=cosine,edm", "time_sampler=uniform", f"out={tmp_path}/plan.svg")
+    argv = ["schedule=cosine,edm", "time_sampler=uniform", "probe=0"]
+    code, out, _ = run(capsys, "plan", *argv, f"out={tmp_path}/plan.svg")
     assert code == 0 and "no two arms are the same objective" in out
     code, _, err = run(capsys, "plan", f"out={tmp_path}/plan.doc")
     assert code == 2 and "neither .png" in err
+
+
+def test_the_bound_weighs_all_noise_levels_alike():
+    # Kingma and Gao (arXiv 2303.00848): uniform weighting is the bound; weighting=elbo is its mean over 64 dimensions
+    found = weight("linear", "v", "elbo", "uniform")
+    denoiser = Preconditioned(torch.nn.Identity(), build("schedule", "linear"), build("parameterization", "v"))
+    bound = effective_weight_of_bound(denoiser, 11.0, 64)
+    assert bound.factor(found) == pytest.approx(64, rel=0.03)
+    assert bound.logsnr[-1] == pytest.approx(11.0)
+    denoiser.schedule = build("schedule", "learned")  # it ends at 13.3
+    assert effective_weight_of_bound(denoiser, 30.0, 64).logsnr[-1] == pytest.approx(13.3)
+
+
+def test_the_bound_is_weighed_as_it_is_trained():
+    # ∫ W·(mean of ‖ε̂ − ε‖²) dλ is what the objective's diffusion term estimates, here for x̂ = 0
+    class Zero(torch.nn.Module):
+        def forward(self, x, logsnr):
+            return torch.zeros_like(x)
+
+    denoiser = Preconditioned(Zero(), build("schedule", "linear"), build("parameterization", "x0"))
+    keys, logsnr_max = Keys(0, torch.arange(20000)), 2.0
+    x = 0.1 * keys.normal("x", 6, dtype=F64)
+    with torch.no_grad():
+        trained = ELBO(logsnr_max, levels=0)(denoiser, x, keys)["diffusion"]
+    W = effective_weight_of_bound(denoiser, logsnr_max, 6)
+    error = W.logsnr.exp() * x.square().mean()
+    assert torch.trapezoid(W.weight * error, W.logsnr) == pytest.approx(trained.mean().item(), rel=0.05)
+
+
+def test_objectives_without_a_time_sampler_of_their_own_are_told_apart_too(capsys, tmp_path):
+    argv = ["objective=denoising,elbo,hybrid", "denoiser=learned_variance", "schedule=ddpm", "time_sampler=uniform"]
+    code, out, _ = run(capsys, "plan", *argv, "probe=false", f"out={tmp_path}/plan.png")
+    rows = [[cell.strip() for cell in line.split("│")[2:-1]] for line in out.splitlines() if line.startswith("│")]
+    denoising, elbo, hybrid = ({"objective": row[0], "W": row[4:]} for row in rows)
+    assert code == 0
+    assert (denoising["objective"], elbo["objective"], hybrid["objective"]) == ("denoising", "elbo", "hybrid")
+    assert elbo["W"] == ["1"] * 5
+    assert hybrid["W"] == denoising["W"]
+    flat = " ".join(out.split())
+    assert "arm 2: W is that of the bound's integral" in flat
+    assert "arm 3: W is that of the simple loss; the bound that is added trains the variances alone" in flat
+
+
+def test_a_discrete_objective_has_no_levels_beyond_its_first_step():
+    denoiser = Preconditioned(torch.nn.Identity(), build("schedule", "ddpm"), build("parameterization", "eps"))
+    parts = denoiser, build("time_sampler", "uniform"), build("weighting", "unit")
+    steps, whole = effective_weight_of_steps(*parts, 1000), effective_weight(*parts)
+    first = denoiser.schedule.logsnr(torch.tensor(1e-3, dtype=F64)).item()
+    assert whole.logsnr[-1] > first + 1 and first - 0.2 < steps.logsnr[-1] <= first
+    assert steps.at(torch.zeros(())) == whole.at(torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["objective=denoising"], True),
+        (["objective=hybrid", "denoiser=learned_variance"], True),
+        (["objective=denoising", "weighting=elbo"], True),
+        (["objective=elbo"], False),
+    ],
+)
+def test_a_learned_schedule_is_trained_by_the_bound_alone(words, refused, capsys, tmp_path):
+    code, out, _ = run(capsys, "plan", "schedule=learned", *words, "probe=false", f"out={tmp_path}/plan.png")
+    assert (code, "set objective=elbo" in " ".join(out.split())) == ((2, True) if refused else (0, False))
+    if refused:
+        code, _, err = run(capsys, "train", "schedule=learned", *words, *TINY, f"runs_dir={tmp_path}/runs")
+        assert code == 2 and "objective=elbo" in err and err.count("\n") == 1
+        assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("group", GROUPS)

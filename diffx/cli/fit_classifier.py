@@ -8,6 +8,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from rich.console import Console
 
+from diffx.autoencoders import Autoencoder
 from diffx.cli.build import make
 from diffx.cli.compose import compose_config, parse, refuse_sweep
 from diffx.cli.sample import device_of
@@ -17,6 +18,7 @@ from diffx.utils import DiffxError
 
 GROUPS = {
     "data": "digits",
+    "autoencoder": "pixels",
     "schedule": "cosine",
     "time_sampler": "stratified",
     "optimizer": "adamw",
@@ -33,8 +35,6 @@ KEYS: dict[str, Any] = {
     "optimizer": {"lr": 2e-3, "weight_decay": 0.05},
     "classifier": {
         "_target_": "diffx.guidance.NoisyClassifier",
-        "channels": "${data.channels}",
-        "image_size": "${data.image_size}",
         "num_classes": "${data.num_classes}",
         "width": 32,
         "dropout": 0.1,
@@ -64,10 +64,13 @@ def fit(config: dict[str, Any]) -> int:
     source.prepare()
     source.check()
     torch.manual_seed(config["seed"])
-    classifier: NoisyClassifier = make(config, "classifier")
+    autoencoder: Autoencoder = make(config, "autoencoder")
+    channels, size, _ = autoencoder.latent_shape(source.channels, source.image_size)
+    classifier: NoisyClassifier = make(config, "classifier", channels=channels, image_size=size)
     fit_noisy_classifier(
         classifier,
         source,
+        autoencoder,
         *(make(config, part) for part in ("schedule", "time_sampler", "optimizer", "lr_schedule")),
         max_steps=config["training"]["max_steps"],
         seed=config["seed"],
@@ -77,7 +80,7 @@ def fit(config: dict[str, Any]) -> int:
     classifier.save(out)
     shares = "  ".join(f"{level}: {share:.3f}" for level, share in classifier.about["accuracy"].items())
     console.print(
-        f"held-out accuracy by logSNR  {shares}\nclassifier  {out}\n"
+        f"held-out accuracy by logSNR  {shares or 'not known: there are no held-out images'}\nclassifier  {out}\n"
         f"use it: diffx sample run=DIR guidance=classifier guidance.classifier.weights={out}",
         highlight=False,
         soft_wrap=True,

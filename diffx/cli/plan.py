@@ -1,5 +1,6 @@
-"""`diffx plan`: what a sweep would train, before it is trained."""
+"""`diffx plan`: what a sweep would train, and what it would cost, before it is trained."""
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +11,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from diffx.cli.build import Arm, build
+from diffx.cli.build import Arm, build, check_schedule
 from diffx.cli.compose import as_dict, parse, sweep_points
+from diffx.cli.estimate import SECONDS, Estimate, duration, estimate, totals
 from diffx.cli.train import config_of
-from diffx.experiment import fingerprint, identity
-from diffx.objectives import Denoising
-from diffx.objectives.effective_weight import EffectiveWeight, effective_weight
+from diffx.experiment import Run, fingerprint, identity, locate
+from diffx.objectives import ELBO, Denoising, Hybrid
+from diffx.objectives.effective_weight import (
+    EffectiveWeight,
+    effective_weight,
+    effective_weight_of_bound,
+    effective_weight_of_steps,
+)
 from diffx.plots import Curve, plot_curves
 from diffx.utils import DiffxError
 
@@ -31,21 +38,28 @@ class Planned:
         axes: what differs between the arms, `key=value`.
         seeds: the seeds it would be trained with.
         parameters: trainable parameters of the network.
+        runs: the run of each seed, with its config.
         weight: its effective weight; None where the objective has none of this form.
+        about: what has to be known of that weight, or why there is none.
         problem: why it cannot work; empty if it can.
     """
 
     axes: dict[str, str]
     seeds: list[int]
     parameters: int
-    weight: EffectiveWeight | None
+    runs: list[tuple[Run, dict[str, Any]]]
+    weight: EffectiveWeight | None = None
+    about: str = ""
     problem: str = ""
 
 
 def main(argv: list[str]) -> int:
     """Runs the command and returns its exit code: 2 if an arm cannot work."""
-    out = next((word.removeprefix("out=") for word in argv if word.startswith("out=")), "plan.png")
-    arguments = parse([word for word in argv if not word.startswith("out=")])
+    own = as_dict([word for word in argv if word.startswith(("out=", "probe="))])
+    out, seconds = Path(own.get("out", "plan.png")).expanduser(), _seconds(own.get("probe", "true"))
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise DiffxError(f"out={out} is neither .png, .pdf nor .svg; choose one of them")
+    arguments = parse([word for word in argv if not word.startswith(("out=", "probe="))])
     points = sweep_points(arguments.overrides, "train", arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     with console.status("building the arms"):
@@ -55,8 +69,15 @@ def main(argv: list[str]) -> int:
         console.print(f"• {sentence}", highlight=False)
     weights = {str(k + 1): arm.weight for k, arm in enumerate(arms) if arm.weight is not None}
     if weights:
-        _draw(weights, arms, Path(out).expanduser())
+        _draw(weights, arms, out)
         console.print(f"plot: {out}", highlight=False, soft_wrap=True)
+    if seconds and any(arm.runs for arm in arms):
+        with console.status("trying the arms out"):
+            found = estimate([run for arm in arms for run in arm.runs], seconds)
+        in_turn = iter(found)
+        console.print(cost_table([[next(in_turn) for _ in arm.runs] for arm in arms]))
+        for sentence in totals(found):
+            console.print(f"• {sentence}", highlight=False)
     return 2 if any(arm.problem for arm in arms) else 0
 
 
@@ -76,17 +97,23 @@ def plan(points: list[list[str]], config_of_point: Callable[[list[str]], dict[st
             key, seed = fingerprint(identity(config) | {"axes": axes}), config["seed"]
             if key not in found:
                 arm = build(config)
+                check_schedule(arm)
                 parameters = sum(p.numel() for p in arm.module.denoiser.backbone.parameters())
-                found[key] = Planned(axes, [], parameters, _weight(arm))
+                found[key] = Planned(axes, [], parameters, [], *_weight(arm))
             found[key].seeds.append(seed)
+            found[key].runs.append((locate(config["runs_dir"], config, point), config))
         except DiffxError as error:
-            found.setdefault(fingerprint(axes), Planned(axes, [], 0, None, str(error)))
+            found.setdefault(fingerprint(axes), Planned(axes, [], 0, [], problem=str(error)))
     return list(found.values())
 
 
 def verdicts(arms: list[Planned]) -> list[str]:
-    """Which arms are one objective, which differ by a constant, and which cannot work."""
+    """Which arms are one objective, which differ by a constant, which cannot work, and what W leaves out."""
     sentences = [f"arm {k + 1} cannot work: {arm.problem}" for k, arm in enumerate(arms) if arm.problem]
+    for about in dict.fromkeys(arm.about for arm in arms if arm.about):
+        several = [str(k + 1) for k, arm in enumerate(arms) if arm.about == about]
+        sentences.append(f"arm{'s' if len(several) > 1 else ''} {', '.join(several)}: {about}")
+    said = len(sentences)
     left = [k for k, arm in enumerate(arms) if arm.weight is not None]
     while left:
         first = left.pop(0)
@@ -103,10 +130,14 @@ def verdicts(arms: list[Planned]) -> list[str]:
             )
         for k, factor in scaled.items():
             sentences.append(
-                f"arms {first + 1} and {k + 1} differ by the constant factor {factor:.3g} only, which Adam does not see"
+                f"arms {first + 1} and {k + 1} differ by the constant factor {factor:.3g} only: clipping of gradients "
+                "sees it, Adam does not"
             )
         left = [k for k in left if k not in equal and k not in scaled]
-    return sentences or ["no two arms are the same objective"]
+    return sentences if len(sentences) > said or len(arms) == 1 else [*sentences, _ALL_DIFFER]
+
+
+_ALL_DIFFER = "no two arms are the same objective"
 
 
 def table(arms: list[Planned]) -> Table:
@@ -136,16 +167,74 @@ def table(arms: list[Planned]) -> Table:
     return shown
 
 
-def _weight(arm: Arm) -> EffectiveWeight | None:
-    objective = arm.module.objective
-    if not isinstance(objective, Denoising):
-        return None
-    return effective_weight(arm.module.denoiser, objective.time_sampler, objective.weighting)
+def cost_table(costs: list[list[Estimate]]) -> Table:
+    """What each arm takes, as far as it is not finished.
+
+    Arguments:
+        costs: for each arm those of its runs.
+    """
+    shown = Table(
+        caption=f"tried out on this machine; each: one run; memory: {_MEMORY}; FLOP: a multiply-add is two",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in ("arm", "to do", "images/s", "memory", "GFLOP/image", "training", "evaluation", "each", "all hours"):
+        shown.add_column(name, justify="right")
+    for k, runs in enumerate(costs):
+        open_ = [run for run in runs if not run.finished]
+        cells = [str(k + 1), f"{len(open_)} of {len(runs)}"]
+        first = next((run for run in open_ if run.cost and run.speed), None)
+        if first is not None and first.cost and first.speed:
+            hours = [run.cost.device_hours for run in open_ if run.cost]
+            unit = "GPU" if first.device == "cuda" else "CPU"
+            cells += [
+                f"{first.images_per_second:,.4g}",
+                f"{first.speed.memory / 2**30:.2f} GiB",
+                f"{first.speed.flops / 1e9:.3g}",
+                duration(first.cost.training),
+                duration(first.cost.evaluation),
+                duration(first.cost.seconds),
+                f"{sum(hours):.3g} {unit}-h",
+            ]
+        shown.add_row(*cells)
+    return shown
+
+
+_MEMORY = "torch's on a GPU, the process's on a CPU"
+
+
+def _seconds(word: str) -> float:
+    """How long to try out, by `probe=`."""
+    if word.lower() in ("true", "false"):
+        return SECONDS if word.lower() == "true" else 0.0
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise DiffxError(f"probe={word} is no time; give seconds, such as probe=10, or probe=false for no trial")
+    return seconds
+
+
+def _weight(arm: Arm) -> tuple[EffectiveWeight | None, str]:
+    """The effective weight of an arm's loss, and what has to be known of it."""
+    objective, denoiser = arm.module.objective, arm.module.denoiser
+    if isinstance(objective, Denoising):
+        return effective_weight(denoiser, objective.time_sampler, objective.weighting), ""
+    if isinstance(objective, ELBO):
+        shape = arm.module.autoencoder.latent_shape(arm.source.channels, arm.source.image_size)
+        return effective_weight_of_bound(denoiser, objective.logsnr_max, math.prod(shape)), _BOUND
+    if isinstance(objective, Hybrid):
+        weight = effective_weight_of_steps(denoiser, objective.time_sampler, objective.weighting, objective.steps)
+        return weight, _HYBRID
+    return None, f"{type(objective).__name__} is no weighted error at each noise level: it has no W"
+
+
+_BOUND = "W is that of the bound's integral; its two ends train a learned schedule at most, and no network"
+_HYBRID = "W is that of the simple loss; the bound that is added trains the variances alone"
 
 
 def _draw(weights: dict[str, EffectiveWeight], arms: list[Planned], out: Path) -> None:
-    if out.suffix not in (".png", ".pdf", ".svg"):
-        raise DiffxError(f"out={out} is neither .png, .pdf nor .svg; choose one of them")
     curves = {}
     for name, weight in weights.items():
         grid = torch.linspace(max(weight.logsnr[0].item(), -15), min(weight.logsnr[-1].item(), 15), 200).double()

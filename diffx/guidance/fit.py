@@ -7,7 +7,7 @@ import torch
 from rich.progress import Progress, TextColumn
 from torch import Tensor, nn
 
-from diffx.autoencoders import Pixels
+from diffx.autoencoders import Autoencoder
 from diffx.data import DataSource
 from diffx.guidance.noisy_classifier import NoisyClassifier
 from diffx.schedules import Schedule
@@ -21,6 +21,7 @@ EDGES = tuple(range(-10, 11, 2))
 def fit_noisy_classifier(
     classifier: NoisyClassifier,
     source: DataSource,
+    autoencoder: Autoencoder,
     schedule: Schedule,
     time_sampler: TimeSampler,
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
@@ -34,11 +35,12 @@ def fit_noisy_classifier(
     r"""Cross-entropy of noisy images, E_{t, z} [−log p(y | x_t)] (Dhariwal and Nichol, arXiv 2105.05233, Sec. 4).
 
     The images are those of the training stream, mirrored if the data say so; order, times and noise follow from the
-    seed.
+    seed. The classifier sees what the denoiser sees: x_t of the autoencoder's latents.
 
     Arguments:
         classifier: what is trained, in place.
         source: labelled data; `source.batch_size` images per step.
+        autoencoder: that of the denoiser that will be guided, frozen; `Pixels` for none.
         schedule: the forward process.
         time_sampler: density of the noise levels, on that schedule.
         optimizer: makes the optimizer from the parameters.
@@ -52,6 +54,7 @@ def fit_noisy_classifier(
         The classifier on the CPU, frozen; `about` tells data, schedule, steps and held-out accuracy.
     """
     classifier.to(device).train()
+    autoencoder.to(device).requires_grad_(False)
     rule = optimizer(classifier.parameters())
     decay = torch.optim.lr_scheduler.LambdaLR(rule, lr_schedule)
     low, high = float("inf"), -float("inf")
@@ -59,13 +62,15 @@ def fit_noisy_classifier(
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task(f"training a classifier of noisy {source.name}", total=max_steps, loss=float("nan"))
         for step, batch in enumerate(itertools.islice(source.train_loader(seed), max_steps)):
+            batch = {name: value.to(device) for name, value in batch.items()}
             keys = Keys(seed, batch["index"], total=source.batch_size)
             t, correction = time_sampler(schedule, keys)
             level = schedule.logsnr(t)
             low, high = min(low, level.min().item()), max(high, level.max().item())
-            logits = classifier(*(value.to(device) for value in (noisy(batch, level, keys), level)))
-            losses = nn.functional.cross_entropy(logits, batch["label"].to(device), reduction="none")
-            loss = (correction.to(device) * losses).mean()
+            with torch.no_grad():
+                x_t = noisy(autoencoder.encode(batch), level, keys)
+            losses = nn.functional.cross_entropy(classifier(x_t, level), batch["label"], reduction="none")
+            loss = (correction * losses).mean()
             rule.zero_grad()
             loss.backward()
             rule.step()
@@ -73,36 +78,44 @@ def fit_noisy_classifier(
             if step % 20 == 0 or step == max_steps - 1:
                 bar.update(task, completed=step + 1, loss=loss.item())
     classifier.cpu().requires_grad_(False).eval()
+    autoencoder.cpu()
+    images = source.split("train")
     classifier.logsnr_min, classifier.logsnr_max = low, high
     classifier.about |= {
         "data": source.name,
-        "fingerprint": source.split("train").fingerprint(),
+        # of data that were encoded before, the images may be elsewhere
+        "fingerprint": images.fingerprint() if len(images) else "",
+        "autoencoder": type(autoencoder).__name__,
         "schedule": type(schedule).__name__,
         "steps": max_steps,
         "batch_size": source.batch_size,
         "seed": seed,
-        "accuracy": accuracy_by_logsnr(classifier, source, seed),
+        "accuracy": accuracy_by_logsnr(classifier, source, autoencoder, seed),
     }
     return classifier
 
 
 @torch.no_grad()
 def accuracy_by_logsnr(
-    classifier: NoisyClassifier, source: DataSource, seed: int = 0, images: int = 2000
+    classifier: NoisyClassifier, source: DataSource, autoencoder: Autoencoder, seed: int = 0, images: int = 2000
 ) -> dict[str, float]:
     """The share of held-out images whose most probable class is their label.
 
     Arguments:
         classifier: the classifier, in evaluation mode, on the CPU.
         source: its data.
+        autoencoder: gives what the classifier sees, on the CPU.
         seed: the seed of the noise.
         images: how many images of the test split at most, spread over all of it.
 
     Returns:
         By bins of logSNR such as `"-2..0"`, within which the levels are uniform, the noisiest first: shares in [0, 1].
+        Empty where there are no images.
     """
     split = source.split("test")
     count = min(images, len(split))
+    if not count:
+        return {}
     index = torch.arange(count) * len(split) // count
     shares = {}
     for low, high in itertools.pairwise(EDGES):
@@ -110,14 +123,13 @@ def accuracy_by_logsnr(
         for some in index.split(500):
             batch, keys = split.get(some), Keys(seed, some, step=low)
             level = low + (high - low) * keys.uniform("held-out/level")
-            logits = classifier(noisy(batch, level, keys), level)
+            logits = classifier(noisy(autoencoder.encode(batch | {"index": some}), level, keys), level)
             hits += int((logits.argmax(dim=1) == batch["label"]).sum())
         shares[f"{low}..{high}"] = hits / count
     return shares
 
 
-def noisy(batch: dict[str, Tensor], level: Tensor, keys: Keys) -> Tensor:
-    """Noisy images ᾱ·x + σ̄·z at the logSNR `level` `[B]`, with ᾱ² = sigmoid(logSNR) = 1 − σ̄²; `[B, C, H, W]`."""
-    x = Pixels().encode(batch)
+def noisy(x: Tensor, level: Tensor, keys: Keys) -> Tensor:
+    """ᾱ·x + σ̄·z at the logSNR `level` `[B]`, with ᾱ² = sigmoid(logSNR) = 1 − σ̄²; shape of x, `[B, C, H, W]`."""
     alpha, sigma = (expand_as(torch.sigmoid(sign * level).sqrt(), x) for sign in (1, -1))
     return alpha * x + sigma * keys.normal("noise", *x.shape[1:])

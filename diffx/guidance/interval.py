@@ -16,8 +16,8 @@ class Interval:
     r"""The noise levels low < σ/α ≤ high.
 
     Kynkäänniemi et al., *Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion
-    Models* (arXiv 2404.07724), with the guidance scale a function of σ that is 1 outside (σ_lo, σ_hi]. Their σ is that
-    of a schedule with α = 1, which on any other schedule is σ/α.
+    Models* (arXiv 2404.07724), Eq. 6: the guidance scale is a function of σ that is 1 outside (σ_lo, σ_hi]. Their σ is
+    that of a schedule with α = 1, which on any other schedule is σ/α.
 
     Use it when guidance costs variety: at high noise it decides for a few modes, at low noise it changes nothing and
     costs a network evaluation.

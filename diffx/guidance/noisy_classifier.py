@@ -30,8 +30,8 @@ class NoisyClassifier(nn.Module):
     down-sampling half of their U-Net likewise. Use it when samples are to be guided by `ClassifierGuidance`.
 
     Arguments:
-        channels: the channels C of the images.
-        image_size: their height and width in pixels, at least 4.
+        channels: the channels C of what the denoiser sees: images, or an autoencoder's latents.
+        image_size: their height and width, at least 4.
         num_classes: the number K of classes.
         width: channels at full resolution; a multiple of 8. Each of the deeper levels has twice as many.
         dropout: the probability of dropping an activation.

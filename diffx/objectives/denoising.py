@@ -14,7 +14,7 @@ class Denoising(Objective):
     r"""The weighted squared error of the denoised estimate.
 
     E_{t, z} [w(t)·‖x̂(α·x + σ·z, t) − x‖²], the mean over a sample's dimensions. Ho et al. (arXiv 2006.11239), Eq. 12;
-    Karras et al. (arXiv 2206.00364), Eq. 8; Kingma et al. (arXiv 2107.00630), Eq. 17. Computed in the network's space,
+    Karras et al. (arXiv 2206.00364), Eq. 8; Kingma et al. (arXiv 2107.00630), Eq. 19. Computed in the network's space,
     as w·c_out²·‖F − F*‖² with the target F* that makes x̂ = x: nothing is divided by an α next to 0, and no difference
     of nearly equal images is taken. Use it when samples shall look good, which is nearly always.
 

@@ -80,7 +80,43 @@ def effective_weight(denoiser: Preconditioned, time_sampler: TimeSampler, weight
     logsnr, value = logsnr[keep], value[keep]
     density = 1 / (_POINTS * logsnr.diff())
     middle = (logsnr[1:] + logsnr[:-1]) / 2
-    return EffectiveWeight(middle, density * (value[1:] + value[:-1]) / 2)
+    # the geometric mean: where quantiles lie far apart, weights differ by factors
+    return EffectiveWeight(middle, density * (value[1:] * value[:-1]).sqrt())
+
+
+@torch.no_grad()
+def effective_weight_of_steps(
+    denoiser: Preconditioned, time_sampler: TimeSampler, weighting: Weighting, steps: int
+) -> EffectiveWeight:
+    """W of an objective whose times are rounded up to multiples of 1/T, at which it is a sum: as if it were not one.
+
+    Arguments:
+        denoiser: the model.
+        time_sampler: the density of the training times.
+        weighting: w(t), in x̂-space.
+        steps: T.
+    """
+    whole = effective_weight(denoiser, time_sampler, weighting)
+    cleanest = denoiser.schedule.logsnr(torch.tensor(1 / steps, dtype=torch.float64, device=denoiser.schedule.device))
+    kept = whole.logsnr <= cleanest.item()
+    return EffectiveWeight(whole.logsnr[kept], whole.weight[kept])
+
+
+@torch.no_grad()
+def effective_weight_of_bound(denoiser: Preconditioned, logsnr_max: float, dimensions: int) -> EffectiveWeight:
+    """W of the variational bound in nats: one number, whatever the schedule.
+
+    With t uniform, p(λ) = |dt/dλ| and w = −½·dSNR/dt summed over the dimensions, hence W = ½ for each of them: uniform
+    weighting is the bound (Kingma and Gao, arXiv 2303.00848). Its two end terms have no gradient in the network.
+
+    Arguments:
+        denoiser: the model; only the ends of its schedule are read.
+        logsnr_max: the clean end, unless the schedule ends before.
+        dimensions: the number of dimensions of a sample: W is that of a mean over them.
+    """
+    low, high = denoiser.schedule.logsnr(torch.tensor([1.0, 0.0], dtype=torch.float64, device=denoiser.schedule.device))
+    logsnr = torch.linspace(low.item(), min(high.item(), logsnr_max), 402, dtype=torch.float64)
+    return EffectiveWeight(logsnr, torch.full_like(logsnr, dimensions / 2))
 
 
 class _Quantiles(Keys):

@@ -177,5 +177,5 @@ def log_ratio(alpha: Any, sigma: Any) -> Any:
 
 
 def forward_variance(t: NoiseLevel, s: NoiseLevel) -> Any:
-    """σ²_{t|s} = σ_t² − (α_t/α_s)²·σ_s², the variance of x_t given x_s (arXiv 2107.00630, Eq. 26)."""
+    """σ²_{t|s} = σ_t² − (α_t/α_s)²·σ_s², the variance of x_t given x_s (arXiv 2107.00630, App. A.1)."""
     return t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2

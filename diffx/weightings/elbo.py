@@ -12,7 +12,7 @@ from diffx.weightings.base import Weighting
 class ELBO(Weighting):
     r"""The continuous-time variational bound on −log p(x), in nats per dimension.
 
-    w = −½·dSNR/dt. Kingma et al., *Variational Diffusion Models* (arXiv 2107.00630), Eq. 17. With the times uniform on
+    w = −½·dSNR/dt. Kingma et al., *Variational Diffusion Models* (arXiv 2107.00630), Eq. 16. With the times uniform on
     (0, 1), `low_discrepancy` as in the paper, the mean loss is the bound's diffusion term, which depends on the
     schedule through its end-points alone; another density of times makes it a weighted bound. Equals `OverLogSNR` of
     `SNR`.

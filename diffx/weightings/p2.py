@@ -11,7 +11,7 @@ class P2(Weighting):
     r"""The noise error's weight, lowered where only imperceptible details are left to learn.
 
     w = SNR/(k + SNR)^γ, that is 1/(k + SNR)^γ on ‖ε̂ − ε‖². Choi et al., *Perception Prioritized Training of Diffusion
-    Models* (arXiv 2204.00227), Eq. 8. Equals `SNR` (`Unit` × ε) for γ = 0, and `SoftMinSNR` with γ′ = k, up to the
+    Models* (arXiv 2204.00227), their λ′_t. Equals `SNR` (`Unit` × ε) for γ = 0, and `SoftMinSNR` with γ′ = k, up to the
     factor k, for γ = 1.
 
     Use it when coarse content matters more than pixel-exact detail, on small or very clean data.
