@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_too_many_in_a_row_stop_all_the_same(tmp_path, broken, monkeypatch):
     import test_surviving
 
     monkeypatch.setattr(test_surviving.Broken, "samples", tuple(range(8, 1000)))
-    with pytest.raises(DiffxError, match="11 steps in a row, the last of them step 11, .* train anew"):
+    with pytest.raises(DiffxError, match=r"11 steps in a row, the last of them step 11, .* train anew"):
         trained(tmp_path, *BROKEN, "training.nonfinite=skip", "training.max_steps=40")
 
 
@@ -223,10 +224,10 @@ def test_a_run_lives_through_a_file_system_that_is_away(tmp_path, monkeypatch):
 
 def test_renamed_files_are_synced_with_their_folder(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(files.os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    monkeypatch.setattr(files.os, "fsync", lambda handle: synced.append(Path(f"/proc/self/fd/{handle}").readlink()))
     with atomic_path(tmp_path / "a.txt") as temporary:
         temporary.write_text("a")
-    assert [os.path.dirname(synced[0]), synced[1]] == [str(tmp_path)] * 2
+    assert [synced[0].parent, synced[1]] == [tmp_path] * 2
 
 
 def test_the_newest_row_of_a_long_log_is_read_from_its_end(tmp_path):

@@ -50,6 +50,8 @@ def submit(arms: Sequence[tuple[Run, Config]]) -> int:
             "there is no sbatch here; submit from a login node of the cluster, or leave launcher=slurm out"
         )
     runs = {str(run.path): (run, config) for run, config in arms}
+    for _, config in runs.values():
+        make(config, "launcher")  # says what is impossible before anything else is done
     waiting = _waiting(list(runs.values()), console)
     _check([arm.config for arm in waiting])
     for arm in waiting:

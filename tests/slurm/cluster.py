@@ -4,11 +4,12 @@
     python tests/slurm/cluster.py start       in seconds; prints the line that makes sbatch find it
     python tests/slurm/cluster.py stop
 
-Everything lies in one folder and dies with it; nothing below /etc or /run is touched, so that it does not meet a cluster
-that the machine may belong to. Nodes are virtual: both are this machine, and have more processors than it has.
+Everything lies in one folder and dies with it; nothing below /etc or /run is touched, so that it does not meet a
+cluster that the machine may belong to. Nodes are virtual: both are this machine, with more processors than it has.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -71,8 +72,9 @@ AccountingStoragePort={dbd_port}
 # not a password: where accounting finds munge
 AccountingStoragePass={folder}/munge.socket
 {nodes}
-PartitionName=low Nodes=ALL Default=YES DefaultTime=30 MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
-PartitionName=high Nodes=ALL DefaultTime=30 MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF
+# LLN: on the least loaded node, so that arms are spread over both
+PartitionName=low Nodes=ALL Default=YES DefaultTime=30 LLN=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=high Nodes=ALL DefaultTime=30 PriorityTier=9 PreemptMode=OFF
 """
 
 DBD_CONF = """\
@@ -330,10 +332,8 @@ def _free(port: int) -> bool:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def main() -> None:
