@@ -12,6 +12,7 @@ from test_training import assert_same_training, checkpoint_of, metrics_of, train
 
 from diffx.evaluation import Evaluator
 from diffx.objectives import Denoising, Objective
+from diffx.training.loggers import CSVLogger
 from diffx.utils import DiffxError, atomic_path, files, patiently, write_text
 
 torch.set_num_threads(1)
@@ -69,6 +70,21 @@ def test_an_evaluation_in_training_is_stopped_at_a_batch_and_taken_up_again(
     assert_same_training(run, undisturbed)
     assert not list(run.samples.glob(".*"))
     assert [row["eval/fd_digits"] for row in metrics_of(run) if row["eval/fd_digits"]]
+
+
+@pytest.mark.parametrize("rows", [["eval/a"], ["final/a", "final/b"]])
+def test_what_is_done_again_at_the_step_of_the_checkpoint_is_logged_once(tmp_path, rows):
+    logger = CSVLogger(tmp_path / "metrics.csv")
+    logger.log_metrics({"loss": 1.0}, step=3)
+    logger.log_metrics({"loss": 0.9}, step=4)
+    logger.log_metrics(dict.fromkeys(rows, 5.0), step=4)
+    before = logger.rows()
+    again = CSVLogger(tmp_path / "metrics.csv")
+    again.resume(4)
+    again.log_metrics(dict.fromkeys(rows, 5.0), step=4)
+    assert again.rows() == before
+    again.log_metrics(dict.fromkeys(rows, 4.0), step=5)
+    assert len(again.rows()) == len(before) + 1
 
 
 def test_a_signal_in_the_last_step_stops_the_evaluation_that_follows(tmp_path):
