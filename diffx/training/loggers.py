@@ -123,7 +123,7 @@ def wandb_logger(
     """
     import wandb  # slow to import
 
-    if "WANDB_MODE" not in os.environ and not _has_key():
+    if "WANDB_MODE" not in os.environ and not has_key():
         os.environ["WANDB_MODE"] = "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
     directory.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,8 @@ def log_image(loggers: list[Logger], key: str, path: Path, step: int) -> None:
                 logger.log_image(key=key, images=[image.copy()], step=step)
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
+    """Whether W&B can log in without asking: by its environment variable or `~/.netrc`."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
