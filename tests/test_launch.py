@@ -129,7 +129,7 @@ def test_a_sweep_is_submitted_as_one_array_and_not_twice(capsys, tmp_path, slurm
         "launcher.setup=[module load x]",
     ]
     code, out, _ = run(capsys, "train", "-m", "hydra/launcher=slurm", *keys, *sweep)
-    assert code == 0 and "job 42: 4 arms on 1 × 1 CPU processes" in out
+    assert code == 0 and "job 42: 4 arms on 1 × 1 CPU processes; no run like these has logged its speed yet" in out
     (call,) = calls(slurm, "sbatch")
     assert call.startswith("--parsable --array=0-3%3 ")
     script = Path(call.split()[-1])
@@ -153,6 +153,17 @@ def test_a_sweep_is_submitted_as_one_array_and_not_twice(capsys, tmp_path, slurm
     Run(arms[3]).set_status("finished", step=4)
     code, out, _ = run(capsys, "train", "-m", "launcher=slurm", *keys, *sweep)
     assert out.count("already") == 3 and out.count("is finished") == 1 and len(calls(slurm, "sbatch")) == 2
+
+
+def test_hours_are_those_of_the_speed_of_earlier_runs(capsys, tmp_path, slurm):
+    words = ["launcher=slurm", "launcher.gpus=0", *TINY, f"runs_dir={tmp_path}", "training.max_steps=1000"]
+    assert run(capsys, "train", *words, "trainer.devices=2")[0] == 0
+    (first,) = find_runs(tmp_path)
+    (first.path / "metrics.csv").write_text("step,images_per_second\n1000,10.0\n")
+    _, out, _ = run(capsys, "train", "-m", *words, "trainer.devices=2", "seed=1,2")
+    # 2 runs of 1000 steps of 16 images at 10 per second, on 2 processes each
+    assert f"about {2 * 2 * 1600 / 3600:.2g} process-hours" in out
+    assert "no run like these" in run(capsys, "train", *words, "seed=3")[1]
 
 
 def test_without_sbatch_nothing_is_composed_for_nothing(capsys, tmp_path, monkeypatch):
@@ -245,12 +256,23 @@ def test_a_stopped_run_is_requeued(job, slurm):
     assert "requeue 42" in calls(slurm, "scontrol")
 
 
-def test_a_cancelled_run_is_not(job, slurm):
-    (slurm / "scontrol.answer").write_text("JobId=42 JobState=CANCELLED Reason=None\n")
+@pytest.mark.parametrize(
+    ("said", "requeued"),
+    [
+        ("JobState=RUNNING Reason=None RunTime=00:00:03 TimeLimit=00:05:00", True),
+        ("JobState=CANCELLED Reason=None", False),
+        # while its processes end, a cancelled job is told from one at its limit by its time
+        ("JobState=COMPLETING RunTime=00:00:03 TimeLimit=00:05:00", False),
+        ("JobState=COMPLETING RunTime=00:00:03 TimeLimit=UNLIMITED", False),
+        ("JobState=COMPLETING RunTime=1-00:00:04 TimeLimit=1-00:00:00", True),
+    ],
+)
+def test_a_cancelled_run_is_not(job, slurm, said, requeued):
+    (slurm / "scontrol.answer").write_text(f"JobId=42 {said}\n")
     state = {"state": "interrupted", "step": 5, "signal": int(signal.SIGTERM)}
     assert job(state=state, step=5, code=143) == 143
-    assert happened(job) == ["started", "stopped"]
-    assert "requeue 42" not in calls(slurm, "scontrol")
+    assert happened(job) == ["started", "stopped", *(["requeued"] if requeued else [])]
+    assert ("requeue 42" in calls(slurm, "scontrol")) == requeued
 
 
 def test_what_fails_for_its_own_reasons_is_not_tried_again(job, slurm):

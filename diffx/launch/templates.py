@@ -17,8 +17,8 @@ EVALUATE = """\
 trap : TERM USR1  # the shell lives on; srun passes them to diffx, which keeps what it has measured
 srun diffx evaluate -m "$@" && exit
 code=$?
-cancelled() { scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; }
-[ "$code" -gt 128 ] && ! cancelled && scontrol requeue "$SLURM_JOB_ID"
+# not where the user has cancelled it: then it is no longer running
+[ "$code" -gt 128 ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING && scontrol requeue "$SLURM_JOB_ID"
 exit "$code\""""
 
 
