@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,13 +235,15 @@ def test_a_cluster_without_accounting_and_waiting_for_the_end(login):
 
 
 def hide(login, program):
-    """A search path on which a program is not found."""
+    """A search path on which everything but a program is found."""
     folder = login.folder / "programs"
     folder.mkdir()
-    for name in ("sbatch", "squeue", "scancel", "scontrol", "srun", "git"):
-        (folder / name).symlink_to(shutil.which(name, path=login.environment["PATH"]))
-    assert shutil.which(program, path=str(folder)) is None
-    return f"{folder}:/bin" if not (shutil.which(program, path="/bin")) else str(folder)
+    for place in reversed(login.environment["PATH"].split(":")):
+        for file in Path(place).iterdir() if Path(place).is_dir() else ():
+            (folder / file.name).unlink(missing_ok=True)
+            (folder / file.name).symlink_to(file)
+    (folder / program).unlink()
+    return str(folder)
 
 
 def test_mistakes_are_told_before_anything_is_submitted(login):
