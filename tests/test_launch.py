@@ -294,6 +294,13 @@ def test_what_dies_is_tried_again_as_long_as_it_gets_further(job):
     assert "exit code 1" in job.ledger.last("died")["reason"]
 
 
+def test_the_word_of_an_earlier_start_is_not_taken_for_this_ones(job):
+    state = {"state": "interrupted", "step": 5, "signal": int(signal.SIGUSR1)}
+    job(state=state, step=5, code=138)
+    assert job(code=1) == 1  # it has crashed before it could say anything
+    assert happened(job) == ["started", "stopped", "requeued", "started", "died", "requeued"]
+
+
 def test_signals_are_left_to_the_ranks(job, slurm, monkeypatch):
     # srun sends this process what SLURM sends to all of a job; it must live to requeue
     program(slurm, "srun", "import signal; os.kill(os.getppid(), signal.SIGTERM); sys.exit(143)")
