@@ -104,14 +104,3 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
             source = "".join(cell["source"]).replace("STEPS = 300", "STEPS = 5")
             exec(compile(source, "quickstart.ipynb", "exec"), names)
     assert {"fd_digits", "is_digits"} <= set(names["values"])
-
-
-def test_the_slurm_template_is_valid_bash_and_passes_arguments_on():
-    import subprocess
-
-    template = ROOT / "slurm/one_gpu.sbatch"
-    subprocess.run(["bash", "-n", template], check=True)
-    text = template.read_text()
-    assert '"$@"' in text
-    assert "--signal=USR1" in text
-    assert "--requeue" in text

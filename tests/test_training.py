@@ -287,7 +287,7 @@ def test_checkpoints_every_n_steps_and_at_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("length", [0, 0.5, 0.999])
-def test_a_truncated_checkpoint_is_passed_over(tmp_path, length):
+def test_a_truncated_checkpoint_is_passed_over(tmp_path, capsys, length):
     _, _, reference = trained(tmp_path / "reference")
     _, _, run = trained(tmp_path / "run", action=signal_at(signal.SIGTERM, 9))
     newest, broken = run.newest_checkpoint()
@@ -297,9 +297,26 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path, length):
     console = Console(file=io.StringIO(), width=1000)
     code, _, run = trained(tmp_path / "run", console=console)
     assert code == 0
-    assert f"passing over the truncated checkpoint {newest}" in console.file.getvalue()
+    assert f"passing over the damaged checkpoint {newest}" in capsys.readouterr().out
     assert "resuming at step 5" in console.file.getvalue()
     assert_same_training(run, reference)
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_passed_over(tmp_path, capsys):
+    _, _, run = trained(tmp_path, action=signal_at(signal.SIGTERM, 9))
+    newest, _ = run.newest_checkpoint()
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    assert run.resume_from().name == "step=00000005.ckpt"
+    assert f"passing over the damaged checkpoint {newest}" in capsys.readouterr().out
+
+
+def test_those_to_keep_stay_beside_the_newest(tmp_path):
+    _, _, run = trained(
+        tmp_path, "checkpoint.keep_last=1", "checkpoint.every_n_steps=2", "checkpoint.keep_every_n_steps=4"
+    )
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == [f"step={n:08d}.ckpt" for n in (4, 8, 12)]
 
 
 def test_a_checkpoint_damaged_inside_is_named(tmp_path):
@@ -567,6 +584,10 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path, checkpoint):
     with pytest.raises(DiffxError, match="lower optimizer") as stop:
         trained(tmp_path, *overrides, f"checkpoint.every_n_steps={checkpoint}")
     assert "\n" not in str(stop.value)
+    (listed,) = [json.loads(line) for file in tmp_path.glob("*/*/*/nonfinite.jsonl") for line in file.open()]
+    step = listed["step"]
+    assert step == listed["first"] // 8 and listed["samples"] == [8 * step, 8 * step + 7]
+    assert f"since step {step} (first in sample {listed['first']};" in str(stop.value)
     (file,) = tmp_path.glob("*/*/*/status.json")
     run = Run(file.parent)
     assert run.status() == {"state": "failed", "reason": str(stop.value)}
@@ -831,7 +852,7 @@ class Recording(Objective):
         file = Path(os.environ["RECORDS"]) / f"{step}-{keys.index[0].item()}-{rank}.pt"
         torch.save({"index": keys.index, "t": t, "z": z, "label": label, "x": x, "input": network_input}, file)
         if os.environ.get("STOP") == f"{rank}:{step}":
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
         return terms
 
 
@@ -867,8 +888,9 @@ def test_two_processes_train_what_one_trains(tmp_path, monkeypatch):
     config, words = composed(tmp_path / "runs2", *overrides, "trainer.devices=2")
     two = locate(config["runs_dir"], config, words)
     monkeypatch.setenv("STOP", "1:1")
-    assert train(config, words) == 128 + signal.SIGTERM
-    assert two.status() == {"state": "interrupted", "step": 2, "signal": signal.SIGTERM}
+    assert train(config, words) == 128 + signal.SIGUSR1
+    # they hear of it one step later
+    assert two.status() == {"state": "interrupted", "step": 3, "signal": signal.SIGUSR1}
     monkeypatch.delenv("STOP")
     assert train(config, words) == 0
     assert two.status() == {"state": "finished", "step": 6}

@@ -46,8 +46,6 @@ def execute(arm: Arm, run: Run, console: Console, checkpoint: Path | None) -> in
     except Exception as error:
         run.set_status("failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         raise
-    finally:
-        asked.__exit__()
 
 
 def _execute(arm: Arm, run: Run, console: Console, checkpoint: Path | None, asked: StopSignal) -> int:

@@ -5,6 +5,8 @@ from diffx.cli.paths import groups
 COMMANDS = {
     "train": "train a model, resume it, or say that it is finished; then evaluate it",
     "plan": "show what a sweep would train and cost: effective weights, equal arms, hours, arms that cannot work",
+    "doctor": "look whether this machine, and a compute node, have what a run needs",
+    "drill": "kill a run again and again, and see whether it comes to the same as one left alone",
     "jobs": "show what has become of every arm, its job and its log; resubmit or cancel",
     "parts": "describe every schedule, weighting, sampler, … with formula, source and defaults",
     "sample": "sample a trained run with any sampler, steps, guidance, labels and seed",
@@ -86,6 +88,39 @@ examples:
   diffx evaluate -m run=DIR sampler=ddim,dpmpp_2m sampler.steps=5,10,20
   diffx evaluate run=DIR metrics=[fd,kid,pr,dc,per_class_fd,nearest]
   diffx evaluate run=DIR extractor=inception extractor.weights=weights-inception-2015-12-05-6726825d.pth
+"""
+
+DOCTOR = """\
+diffx doctor: look whether this machine has what a run needs: versions, devices, processes that find each other (gloo,
+or NCCL over all GPUs), SLURM's partitions, speed and locks of the file system, internet, W&B, and the arm itself: its
+code, data, weights and reference statistics. With launcher=slurm a compute node is asked the same, and compared.
+
+usage: diffx doctor [KEY=VALUE …] [GROUP=CHOICE …]
+
+Exit code 0 if a run would work, 1 if something is to be mended.
+
+examples:
+  diffx doctor
+  diffx doctor experiment=ddpm_cifar10 trainer=gpu logger=wandb
+  diffx doctor launcher=slurm launcher.partition=gpu experiment=ddpm_cifar10
+"""
+
+DRILL = """\
+diffx drill: train an arm twice, once left alone, once killed again and again by INT, TERM, USR1, USR2 and KILL at
+random moments of start-up, training, checkpointing and evaluation; then compare, bit for bit, weights, EMA, optimizer,
+metrics and evaluations. Exit code 0 if they are the same, 1 if not.
+
+usage: diffx drill [KEY=VALUE …] [GROUP=CHOICE …] [kills=20] [draw=0] [out=FOLDER]
+
+  kills=20     how often to kill
+  draw=0       seed of the moments
+  out=FOLDER   keep both runs there
+
+On a CPU results are exact; a GPU's sums may differ in their last digits from one run to the next by themselves.
+
+examples:
+  diffx drill training.max_steps=400 checkpoint.every_n_steps=50 evaluation.every_n_steps=100
+  diffx drill trainer.devices=2 kills=5 training.max_steps=400 checkpoint.every_n_steps=50
 """
 
 JOBS = """\
@@ -304,6 +339,8 @@ examples:
 _TEXTS = {
     "train": TRAIN,
     "plan": PLAN,
+    "doctor": DOCTOR,
+    "drill": DRILL,
     "jobs": JOBS,
     "parts": PARTS,
     "sample": SAMPLE,
@@ -345,6 +382,8 @@ def command_help(name: str) -> str:
     shown = {
         "train": list(groups()),
         "plan": ["schedule", "parameterization", "weighting", "time_sampler", "objective", "backbone"],
+        "doctor": ["experiment", "trainer", "launcher", "logger"],
+        "drill": ["experiment", "data", "backbone", "trainer"],
         "jobs": ["launcher"],
         "parts": list(groups()),
         "sample": ["sampler", "discretization", "guidance", "thresholding", "schedule"],

@@ -136,20 +136,22 @@ def _name_of(
 def table(found: Sequence[State]) -> Table:
     """The states as a table for the terminal."""
     count = Counter(state.name for state in found)
+    # what all have in common stands above the table once
+    paths = [state.run.path for state in found]
+    root = os.path.commonpath([path.parents[1] for path in paths])
     title = ", ".join(f"{n} {name}" for name, n in count.most_common())
-    shown = Table(title=title, title_justify="left")
-    for name in ("run", "state", "step", "ETA", "starts", "job", "why, or log"):
+    shown = Table(title=title, caption=f"in {root}", title_justify="left", caption_justify="left")
+    for name in ("run", "state", "step", "ETA", "starts", "job", "reason"):
         shown.add_column(name, justify="right" if name in ("step", "ETA", "starts") else "left", overflow="fold")
-    for state in found:
-        said = state.reason if state.reason or state.name == "finished" else state.log
+    for state, path in zip(found, paths, strict=True):
         cells = (
-            str(state.run.path),
+            os.path.relpath(path, root),
             f"[{_COLOURS.get(state.name, '')}]{state.name}[/]" if state.name in _COLOURS else state.name,
             f"{state.step:,}/{state.steps:,}",
             duration(state.seconds),
             str(state.starts or ""),
             state.job,
-            escape(said),
+            escape(state.reason),
         )
         shown.add_row(*cells)
     return shown

@@ -1,5 +1,7 @@
 """Several processes on one node."""
 
+import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -26,7 +28,10 @@ def launch(arguments: list[str], count: int) -> int:
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "NODE_RANK": "0", "WORLD_SIZE": str(count)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, *arguments]
-    ranks = [subprocess.Popen(command, env={**environment, "LOCAL_RANK": str(k)}) for k in range(count)]
+    ranks = [
+        subprocess.Popen(command, env={**environment, "LOCAL_RANK": str(k)}, preexec_fn=_die_with_parent)
+        for k in range(count)
+    ]
 
     def forward(number: int, frame: Any) -> None:
         # a terminal has sent INT to the ranks already
@@ -44,6 +49,12 @@ def launch(arguments: list[str], count: int) -> int:
         signal.signal(number, handler)
     codes = [rank.returncode for rank in ranks]
     return max((code if code >= 0 else 128 - code) for code in codes)
+
+
+def _die_with_parent() -> None:
+    """A rank whose parent is killed must not go on: the run's lock is the parent's, and another start would meet it."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _end(ranks: list[subprocess.Popen[bytes]], grace: float = 10.0) -> None:

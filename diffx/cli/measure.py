@@ -1,6 +1,5 @@
 """Measuring a trained model under the protocol of a config, once."""
 
-import contextlib
 import hashlib
 import platform
 import signal
@@ -105,7 +104,7 @@ def evaluate(
         rank: this process.
         world_size: number of processes; all of them have to call it.
         known: whether to take a measured value from its file.
-        asked: signals that the caller has taken over already.
+        asked: what has been asked of the caller already; it is stopped by the same.
 
     Returns:
         The evaluation and its file.
@@ -127,7 +126,7 @@ def evaluate(
     started = time.perf_counter()
     snapshot = file.with_suffix(".partial.safetensors")
     with (
-        StopSignal() if asked is None else contextlib.nullcontext(asked) as asked,
+        StopSignal() if asked is None else asked as asked,
         Progress(*_COLUMNS, console=console, disable=not console.is_terminal, transient=True) as bar,
     ):
         task = bar.add_task(f"evaluate ({total} samples, NFE {generator.nfe or 'adaptive'})", total=total)

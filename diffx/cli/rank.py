@@ -34,6 +34,8 @@ def main() -> None:
         if first:
             print(f"diffx: {error}", file=sys.stderr)
         code = 2
+    if code >= 128 and not first:
+        code = 0  # srun kills all others at the first bad exit, and the first rank may still have to write
     sys.stdout.flush()
     sys.exit(code)
 

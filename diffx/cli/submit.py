@@ -12,7 +12,7 @@ from rich.live import Live
 
 from diffx.cli.build import build, check, make
 from diffx.cli.jobs import states, table
-from diffx.experiment import Record, Run, fingerprint, identity
+from diffx.experiment import Record, Run, find_runs, fingerprint, identity
 from diffx.experiment.record import command_line
 from diffx.launch import Ledger, Slurm
 from diffx.launch.array import submit_array
@@ -50,6 +50,8 @@ def submit(arms: Sequence[tuple[Run, Config]]) -> int:
             "there is no sbatch here; submit from a login node of the cluster, or leave launcher=slurm out"
         )
     runs = {str(run.path): (run, config) for run, config in arms}
+    for _, config in runs.values():
+        make(config, "launcher")  # says what is impossible before anything else is done
     waiting = _waiting(list(runs.values()), console)
     _check([arm.config for arm in waiting])
     for arm in waiting:
@@ -65,7 +67,7 @@ def submit(arms: Sequence[tuple[Run, Config]]) -> int:
         _submit(group, console)
     found = [run for run, _ in runs.values()]
     root = Path(next(iter(runs.values()))[1]["runs_dir"])
-    console.print(f"\nwatch them:  diffx jobs {root}", highlight=False)
+    console.print(f"\nwatch them:  diffx jobs {root}", highlight=False, soft_wrap=True)
     if any(config["launcher"]["wait"] for _, config in runs.values()):
         return watch(found, console)
     return 0
@@ -112,6 +114,33 @@ def _check(configs: Sequence[Config]) -> None:
             check(build(config), here=False)
 
 
+def _hours(arms: Sequence[Waiting], slurm: Slurm) -> str:
+    """What training takes altogether, by the speed that runs of the same kind have logged.
+
+    A login node is no place to try it out.
+    """
+    speeds: dict[str, float] = {}
+    for run in find_runs(*{arm.run.path.parents[1] for arm in arms}):
+        if speed := run.latest().get("images_per_second"):
+            speeds[_kind(run.config())] = speed
+    known = [(arm, speeds[_kind(arm.config)]) for arm in arms if _kind(arm.config) in speeds]
+    if len(known) < len(arms):
+        return "no run like these has logged its speed yet: diffx plan estimates hours"
+    hours = 0.0
+    for arm, speed in known:
+        left = arm.config["training"]["max_steps"] - arm.run.latest().get("step", 0)
+        hours += left * arm.config["data"]["batch_size"] / speed / 3600
+    devices = slurm.nodes * slurm.gpus or slurm.nodes * arms[0].config["trainer"]["devices"]
+    unit = "GPU" if slurm.gpus else "process"
+    return f"about {hours * devices:.2g} {unit}-hours of training, by the speed of earlier runs"
+
+
+def _kind(config: Config) -> str:
+    """What the speed of training depends on."""
+    trainer = {key: config["trainer"][key] for key in ("accelerator", "devices", "num_nodes", "compile")}
+    return fingerprint([config["backbone"], config["data"]["batch_size"], config["training"]["precision"], trainer])
+
+
 def _submit(arms: Sequence[Waiting], console: Console) -> None:
     config = arms[0].config
     slurm: Slurm = make(config, "launcher")
@@ -120,6 +149,6 @@ def _submit(arms: Sequence[Waiting], console: Console) -> None:
     limit = f", time limit {slurm.time} for each start" if slurm.time is not None else ""
     total = f"{len(arms)} arm{'s' if len(arms) > 1 else ''} on {each}{limit}"
     job = submit_array([arm.run for arm in arms], slurm, tasks, Path(config["runs_dir"]) / ".slurm", f"diffx: {total}.")
-    console.print(f"[bold]job {job}[/]: {total}", highlight=False)
+    console.print(f"[bold]job {job}[/]: {total}; {_hours(arms, slurm)}", highlight=False, soft_wrap=True)
     for k, arm in enumerate(arms):
         console.print(f"  {f'{job}_{k}' if len(arms) > 1 else job}  {arm.run.path}", highlight=False, soft_wrap=True)

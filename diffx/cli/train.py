@@ -138,7 +138,8 @@ def prepare(config: DictConfig) -> None:
     _budget(config)
     # nodes and GPUs are asked for once
     launcher, trainer = config.launcher, config.trainer
-    if isinstance(launcher.get("nodes"), int) and isinstance(launcher.get("gpus"), int):
+    nodes, gpus = launcher.get("nodes"), launcher.get("gpus")
+    if isinstance(nodes, int) and isinstance(gpus, int) and nodes > 0 and gpus >= 0:  # else the launcher says it
         trainer.num_nodes = launcher.nodes
         trainer.accelerator = "gpu" if launcher.gpus else "cpu"
         trainer.devices = launcher.gpus or trainer.devices

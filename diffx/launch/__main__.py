@@ -19,6 +19,9 @@ def main() -> None:
         tasks = trainer["devices"] * trainer["num_nodes"]
         # an earlier start of the same job may still be dying
         with run.lock(patience=60):
+            if run.state == "finished":  # a node was lost in the moment between the end and telling SLURM
+                print(f"{run.path} is finished")
+                sys.exit(0)
             Record.now(command_line()).append_to(run.path)
             rank = ["-P", "-m", "diffx.cli.rank", str(run.path), str(run.resume_from() or "")]
             code = supervise(run, [sys.executable, *rank], tasks, launcher["srun"], launcher["retries"])

@@ -1,6 +1,7 @@
 """Several arms as one array job."""
 
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from diffx.launch.code import snapshot
 from diffx.launch.ledger import Ledger
 from diffx.launch.scheduler import submit
 from diffx.launch.slurm import Slurm, batch_script
-from diffx.utils import write_text
+from diffx.utils import DiffxError, write_text
 
 
 def submit_array(runs: Sequence[Run], slurm: Slurm, tasks_per_node: int, folder: Path, about: str) -> str:
@@ -32,24 +33,24 @@ def submit_array(runs: Sequence[Run], slurm: Slurm, tasks_per_node: int, folder:
     write_text(arms, "".join(f"{run.path.resolve()}\n" for run in runs))
     paths = snapshot(folder / "code", Path.cwd()) if slurm.snapshot else [Path.cwd()]
     several = len(runs) > 1
-    options = {
-        **slurm.options(tasks_per_node),
-        "chdir": str(Path.cwd()),
-        "output": f"{folder.resolve()}/{'%A_%a' if several else '%j'}.log",
-    }
+    log = f"{folder.resolve()}/{'%A_%a' if several else '%j'}.log"
     setup = [*slurm.setup, f"export PYTHONPATH={shlex.quote(':'.join(str(path.resolve()) for path in paths))}"]
     setup[-1] += '${PYTHONPATH:+":$PYTHONPATH"}'
     line = f'"$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {shlex.quote(str(arms.resolve()))})"'
     script = batch_script(
         [about, "Written by diffx train launcher=slurm."],
-        options,
+        slurm.directives(tasks_per_node, chdir=str(Path.cwd()), output=log),
         setup,
-        # -P: from the copy of the code, not from the folder that it was called in
-        f"{shlex.quote(sys.executable)} -P -m diffx.launch {line}",
+        # exec: the shell would not pass signals on; -P: from the copy of the code, not from where it was called
+        f"exec {shlex.quote(sys.executable)} -P -m diffx.launch {line}",
     )
     write_text(folder / "job.sbatch", script)
     throttle = f"%{slurm.array_parallelism}" if slurm.array_parallelism else ""
-    job = submit(folder / "job.sbatch", *([f"--array=0-{len(runs) - 1}{throttle}"] if several else []))
+    try:
+        job = submit(folder / "job.sbatch", *([f"--array=0-{len(runs) - 1}{throttle}"] if several else []))
+    except DiffxError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     for k, run in enumerate(runs):
         element = f"{job}_{k}" if several else job
         log = str(folder.resolve() / f"{element}.log")

@@ -116,15 +116,35 @@ def requeue(job: str) -> bool:
 
     A job that its user has cancelled is left alone.
     """
-    # a cancelled job could be requeued too: SLURM takes finished jobs
-    said = re.search(r"JobState=(\w+)", _try("scontrol", "show", "job", job))
-    if said is not None and said.group(1) == "CANCELLED":
+    if _cancelled(_try("scontrol", "show", "job", job)):
         return False
     try:
         _call("scontrol", "requeue", job)
     except DiffxError:
         return False
     return True
+
+
+def _cancelled(said: str) -> bool:
+    """Whether what scontrol says of a job means that its user wants it to end.
+
+    SLURM would requeue a cancelled job as gladly as any other. While its processes end it calls it COMPLETING, as it
+    does a job that has used up its time: that one is known by its time.
+    """
+    found = dict(re.findall(r"(\w+)=(\S+)", said))
+    if found.get("JobState") == "COMPLETING":
+        used, limit = _seconds(found.get("RunTime", "")), _seconds(found.get("TimeLimit", ""))
+        return used is None or limit is None or used < limit
+    return found.get("JobState") == "CANCELLED"
+
+
+def _seconds(time: str) -> int | None:
+    """Seconds of `1-02:03:04`; None for `UNLIMITED`."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", time)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _try(*command: str) -> str:

@@ -1,5 +1,6 @@
 """What sbatch and srun are told: `configs/launcher/*.yaml` build these."""
 
+import re
 import shlex
 from dataclasses import dataclass, field
 
@@ -34,7 +35,7 @@ class Slurm:
     """`launcher=slurm`: submits the arms as one array job and returns at once.
 
     Use it when you sit at a login node. The keys are sbatch's options; what is null is left to the cluster. Any other
-    option of sbatch goes into `sbatch`, as in `launcher.sbatch={licenses: matlab}`.
+    option of sbatch goes into `sbatch`.
 
     Arguments:
         gpus: GPUs per node, one process each; 0 for `trainer.devices` processes on CPUs.
@@ -54,7 +55,7 @@ class Slurm:
         mail_type: when to send mail, such as `END,FAIL`.
         mail_user: to whom.
         signal: what SLURM sends how long before the time limit, as `SIGNAL@SECONDS`; time enough to save.
-        sbatch: further options of sbatch by their long names; `true` for those without a value.
+        sbatch: further options of sbatch, as `["--licenses=matlab", "--exclusive"]`.
         setup: lines of shell before the start: modules, conda, containers, proxies.
         srun: further options of srun, such as `--container-image=FILE`.
         array_parallelism: how many arms run at the same time; null for as many as fit.
@@ -82,7 +83,7 @@ class Slurm:
     mail_type: str | None = None
     mail_user: str | None = None
     signal: str = "USR1@120"
-    sbatch: dict[str, str | int | bool] = field(default_factory=dict)
+    sbatch: list[str] = field(default_factory=list)
     setup: list[str] = field(default_factory=list)
     srun: list[str] = field(default_factory=list)
     array_parallelism: int | None = None
@@ -105,17 +106,25 @@ class Slurm:
             raise DiffxError(
                 f"launcher.signal is '{self.signal}'; write SIGNAL@SECONDS with USR1, USR2, TERM or INT, as USR1@120"
             )
+        other = next((o for o in self.sbatch if not o.startswith("-")), None)
+        if other is not None:
+            raise DiffxError(f"launcher.sbatch holds '{other}', no option of sbatch; write it as --NAME=VALUE")
+        if self.gres and (count := re.search(r"gpu.*?(\d+)$", self.gres)) and int(count.group(1)) != self.gpus:
+            raise DiffxError(f"launcher.gres={self.gres} asks for other than launcher.gpus={self.gpus}; set both alike")
         if self.signal.startswith("B:"):
             raise DiffxError("launcher.signal=B:… would reach the batch script alone; leave B: out")
 
-    def options(self, tasks_per_node: int) -> dict[str, str | int | bool]:
-        """The options of sbatch by their long names, `True` for those without a value.
+    def directives(self, tasks_per_node: int, **more: str) -> list[str]:
+        """The options of sbatch, as they stand in a batch script behind `#SBATCH`.
 
         Arguments:
             tasks_per_node: processes on each node.
+            more: further options by their long names, with `_` for `-`.
         """
         gpus = self.gres or (f"gpu:{self.gpus}" if self.gpus else None)
         named = {
+            # Lightning takes a job called bash or interactive for none
+            "job-name": "diffx",
             "partition": self.partition,
             "account": self.account,
             "qos": self.qos,
@@ -132,29 +141,25 @@ class Slurm:
             "mail-type": self.mail_type,
             "mail-user": self.mail_user,
             "signal": self.signal,
-            "requeue": True,
             # a requeued job would empty its log
             "open-mode": "append",
-            **{name.lstrip("-").replace("_", "-"): value for name, value in self.sbatch.items()},
+            **{name.replace("_", "-"): value for name, value in more.items()},
         }
-        return {name: value for name, value in named.items() if value is not None and value is not False}
+        return [
+            *(f"--{name}={shlex.quote(str(value))}" for name, value in named.items() if value is not None),
+            "--requeue",
+            *self.sbatch,
+        ]
 
 
-def batch_script(
-    about: list[str], options: dict[str, str | int | bool], setup: list[str], command: str, name: str = "diffx"
-) -> str:
+def batch_script(about: list[str], directives: list[str], setup: list[str], command: str) -> str:
     """A batch script: what the launcher submits, and what `slurm/` holds.
 
     Arguments:
         about: lines of comment at its head.
-        options: sbatch's options.
+        directives: options of sbatch.
         setup: lines of shell before the command.
-        command: the command; it takes the place of the shell, which would not pass signals on.
-        name: of the job. (Lightning takes a job called `bash` or `interactive` for none.)
+        command: what it executes.
     """
     head = [f"# {line}".rstrip() for line in about]
-    directives = [
-        f"#SBATCH --{key}" if value is True else f"#SBATCH --{key}={shlex.quote(str(value))}"
-        for key, value in {"job-name": name, **options}.items()
-    ]
-    return "\n".join(["#!/bin/bash", *head, *directives, "", *setup, f"exec {command}", ""])
+    return "\n".join(["#!/bin/bash", *head, *(f"#SBATCH {option}" for option in directives), "", *setup, command, ""])

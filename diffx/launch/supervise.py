@@ -43,6 +43,7 @@ def supervise(run: Run, command: Sequence[str], tasks: int, srun: Sequence[str] 
         before = step_of(run)
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         ledger.add("started", step=before, restarts=restarts, log=_log())
+        run.set_status("running", step=before)  # what an earlier start has said is not to be taken for this one's word
         options = [f"--ntasks={tasks}", "--kill-on-bad-exit=1", *srun]
         if "SLURM_CPUS_PER_TASK" in os.environ:  # srun does not take it over from sbatch
             options.append(f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}")
@@ -60,7 +61,7 @@ def _after(run: Run, ledger: Ledger, code: int, before: int, retries: int) -> in
         ledger.add("failed", step=step, reason=status.get("reason") or "see the log")
         return 2
     if state == "interrupted" or code - 128 in SIGNALS:
-        number = status.get("signal", code - 128)
+        number = code - 128 if code - 128 in SIGNALS else status["signal"]
         ledger.add("stopped", step=step, signal=signal.Signals(number).name)
         _requeue(ledger, "was stopped and has saved")
         return 128 + number

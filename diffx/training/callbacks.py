@@ -156,7 +156,7 @@ class EvaluateEMA(L.Callback):
         self.per_class = per_class
         self.console = console
         self.best = best
-        self.asked = asked or StopSignal()
+        self.asked = StopSignal() if asked is None else asked
         self._evaluated = 0
 
     def state_dict(self) -> dict[str, Any]:

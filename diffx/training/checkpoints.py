@@ -45,7 +45,7 @@ class TakeSignals(L.Callback):
         self.asked = asked
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes them over; who has made `asked` gives them back."""
+        """Takes them over; the checkpoints, the last of the callbacks, give them back."""
         self.asked.__enter__()
 
 
@@ -120,8 +120,13 @@ class Checkpoints(L.Callback):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the end."""
+        """Saves the end and gives the signals back."""
         self.save(trainer)
+        self.asked.__exit__()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Gives the signals back."""
+        self.asked.__exit__()
 
     def save(self, trainer: L.Trainer) -> None:
         """Writes the checkpoint of this step, once, and removes the oldest beyond `keep_last`; all ranks call it.

@@ -72,6 +72,8 @@ def fit(
     Raises:
         DiffxError: if the checkpoint is of another experiment, or cannot be written.
     """
+    if "fsdp" in strategy and accelerator not in ("gpu", "cuda"):
+        raise DiffxError(f"trainer.strategy={strategy} needs GPUs (trainer=gpu); on CPUs use trainer.strategy=auto")
     _quieten()
     environment = started_by()
     plugins: list[Any] = [AtomicCheckpointIO(), *([environment] if environment else [])]

@@ -28,6 +28,7 @@ class CSVLogger(Logger):
         super().__init__()
         self.file = Path(file)
         self._columns: list[str] = []
+        self._known: set[tuple[str, frozenset[str]]] = set()  # rows at the step that a run has resumed at
 
     @property
     def name(self) -> str:
@@ -49,13 +50,21 @@ class CSVLogger(Logger):
         rows = self.rows()
         kept = [row for row in rows if int(row["step"]) <= step]
         self._columns = list(rows[0]) if rows else []
+        self._known = {_kind(row) for row in kept if int(row["step"]) == step}
         if len(kept) < len(rows):
             self._rewrite(kept)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Appends a row; new names become new columns."""
+        """Appends a row; new names become new columns.
+
+        It takes the place of one with the same step and names: what a process did at the step of its last checkpoint,
+        and was killed before it could say so there, is done again.
+        """
         row = {"step": step, **metrics}
+        if _kind(row) in self._known:
+            self._known.discard(_kind(row))
+            self._rewrite([other for other in self.rows() if _kind(other) != _kind(row)])
         new = [name for name in row if name not in self._columns]
         if new:
             before = self.rows()
@@ -85,6 +94,11 @@ class CSVLogger(Logger):
         return buffer.getvalue()
 
 
+def _kind(row: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
+    """The step of a row, and what it tells."""
+    return str(row["step"]), frozenset(name for name, value in row.items() if value not in ("", None))
+
+
 def wandb_logger(
     directory: Path,
     run_id: str,
@@ -109,7 +123,7 @@ def wandb_logger(
     """
     import wandb  # slow to import
 
-    if "WANDB_MODE" not in os.environ and not _has_key():
+    if "WANDB_MODE" not in os.environ and not has_key():
         os.environ["WANDB_MODE"] = "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
     directory.mkdir(parents=True, exist_ok=True)
@@ -138,7 +152,8 @@ def log_image(loggers: list[Logger], key: str, path: Path, step: int) -> None:
                 logger.log_image(key=key, images=[image.copy()], step=step)
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
+    """Whether W&B can log in without asking: by its environment variable or `~/.netrc`."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()

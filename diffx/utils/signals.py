@@ -11,6 +11,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 class StopSignal:
     """Takes over the signals that ask to stop: they only set a flag, which is read where stopping loses nothing.
 
+    It can be entered again, and remembers.
+
     Attributes:
         number: the signal received, None if none was.
     """
@@ -20,7 +22,6 @@ class StopSignal:
         self._restore: list[Callable[[], Any]] = []
 
     def __enter__(self) -> "StopSignal":
-        self.number = None
         for number in SIGNALS:
             previous = signal.signal(number, self._on_signal)
             self._restore.append(lambda number=number, previous=previous: signal.signal(number, previous))

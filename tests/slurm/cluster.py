@@ -4,11 +4,12 @@
     python tests/slurm/cluster.py start       in seconds; prints the line that makes sbatch find it
     python tests/slurm/cluster.py stop
 
-Everything lies in one folder and dies with it; nothing below /etc or /run is touched, so that it does not meet a cluster
-that the machine may belong to. Nodes are virtual: both are this machine, and have more processors than it has.
+Everything lies in one folder and dies with it; nothing below /etc or /run is touched, so that it does not meet a
+cluster that the machine may belong to. Nodes are virtual: both are this machine, with more processors than it has.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -71,8 +72,9 @@ AccountingStoragePort={dbd_port}
 # not a password: where accounting finds munge
 AccountingStoragePass={folder}/munge.socket
 {nodes}
-PartitionName=low Nodes=ALL Default=YES DefaultTime=30 MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
-PartitionName=high Nodes=ALL DefaultTime=30 MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF
+# LLN: on the least loaded node, so that arms are spread over both
+PartitionName=low Nodes=ALL Default=YES DefaultTime=30 LLN=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=high Nodes=ALL DefaultTime=30 PriorityTier=9 PreemptMode=OFF
 """
 
 DBD_CONF = """\
@@ -173,16 +175,16 @@ class Cluster:
         self._call("slurmd", "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """What a power cut does: the node's daemon and every process of its jobs are gone at once."""
+        """What a power cut does: the node's daemons and every process of its jobs are gone at once."""
         self._end(f"slurmd.{name}", signal.SIGKILL)
+        # the daemons first: they would still report that their jobs have died
         for process in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (process / "environ").read_bytes()
-                arguments = (process / "cmdline").read_bytes()
-            except OSError:
-                continue
-            ours = str(self.folder).encode() in environment and f"SLURMD_NODENAME={name}\0".encode() in environment
-            if ours or (b"slurmstepd" in arguments and self._holds(process, f"{self.folder}/spool/{name}")):
+            if self._holds(process, f"{self.folder}/slurmd.{name}.log"):
+                _kill(int(process.name))
+        node, ours = f"SLURMD_NODENAME={name}\0".encode(), f"SLURM_CONF={self.folder}/slurm.conf\0".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            environment = _environment(process)
+            if node in environment and ours in environment:
                 _kill(int(process.name))
 
     def run(self, *command: str) -> str:
@@ -310,14 +312,18 @@ class Cluster:
 
     def _kill_leftovers(self) -> None:
         """Processes of jobs whose daemon was killed."""
-        mine = f"SLURM_CONF={self.folder}/slurm.conf\0".encode()
+        ours = f"SLURM_CONF={self.folder}/slurm.conf\0".encode()
         for process in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (process / "environ").read_bytes()
-            except OSError:
-                continue
-            if mine in environment and b"SLURM_JOB_ID=" in environment and int(process.name) != os.getpid():
+            environment = _environment(process)
+            if ours in environment and b"SLURM_JOB_ID=" in environment and int(process.name) != os.getpid():
                 _kill(int(process.name))
+
+
+def _environment(process: Path) -> bytes:
+    try:
+        return (process / "environ").read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 def _free(port: int) -> bool:
@@ -330,10 +336,8 @@ def _free(port: int) -> bool:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def main() -> None:
