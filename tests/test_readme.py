@@ -1,6 +1,7 @@
 """What the README says is what the program does."""
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffx.cli.compose import compose_config
 from diffx.cli.paths import groups
 from diffx.cli.train import _budget
 
+QUICK = ["training.max_steps=2", "autoencoder.base=8"]
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -65,11 +67,25 @@ def test_every_command_of_the_readme_runs(command, run_dir, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     argv = [word.replace("RUN", str(run_dir)) if word.startswith("run=") else word for word in shlex.split(command)[1:]]
-    if "data=folder" in argv:
+    if "FOLDER" in argv or "data=folder" in argv or "shards" in command:
         for k in range(20):
             folder = tmp_path / "FOLDER" / f"class{k % 2}"
             folder.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 36), (10 * k, 90, 30)).save(folder / f"{k}.png")
+    if "shards" in command and "pack" not in argv:
+        assert main_code(["data", "pack", "FOLDER", "shards", "image_size=32"]) == 0
+    if "encode" in argv:
+        assert main_code(["fit-autoencoder", "data=digits", "out=kl.safetensors", *QUICK]) == 0
+    if argv[0] == "fit-autoencoder":
+        argv += QUICK
+    if argv[0] == "jobs":
+        (tmp_path / "runs").symlink_to(run_dir.parents[2])
+    if "launcher=slurm" in command:  # stands for a cluster, and says what sbatch says
+        (tmp_path / "sbatch").write_text("#!/bin/sh\necho 42\n")
+        (tmp_path / "squeue").write_text("#!/bin/sh\n")
+        for name in ("sbatch", "squeue"):
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     if "--config-dir" in argv:
         (source,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
         (tmp_path / "mypkg.py").write_text(source)
@@ -89,9 +105,13 @@ def test_every_command_of_the_readme_runs(command, run_dir, tmp_path, monkeypatc
         argv += ["n=8", "iterations=1"]
     if argv[0] == "evaluate" and "--help" not in argv:
         argv += ["evaluation.num_samples=20"]
+    assert main_code(argv) == 0
+
+
+def main_code(argv):
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
-    assert stop.value.code == 0
+    return stop.value.code
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):

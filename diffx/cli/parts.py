@@ -21,6 +21,7 @@ GROUPS = {
     "parameterization": "Parameterizations",
     "weighting": "Weightings",
     "time_sampler": "Training time densities",
+    "augmentation": "Augmentations",
     "objective": "Objectives",
     "sampler": "Samplers",
     "discretization": "Discretizations",
