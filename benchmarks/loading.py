@@ -333,7 +333,7 @@ def imagine(folder: Path, shards: int, most: int) -> None:
         save_index(
             ShardIndex(
                 str(path), status.st_size, status.st_mtime_ns, "0" * 32, True, ("jpg",), np.frombuffer(keys, np.uint8),
-                6 * np.arange(1, n + 1), place, np.full((n, 1), 1000),
+                6 * np.arange(1, n + 1), place, np.full((n, 1), 1000), np.zeros(n, np.int64),
             )
         )  # fmt: skip
 

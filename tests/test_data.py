@@ -755,7 +755,12 @@ def test_pixels_refuse_images_that_are_scaled_already():
         Pixels().encode({"x": torch.rand(1, 1, 2, 2)})
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("autoencoder/*.yaml")), ids=lambda path: path.stem)
+# those that need weights are tested in test_autoencoders.py
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(CONFIGS.glob("autoencoder/*.yaml")) if "???" not in path.read_text()],
+    ids=lambda path: path.stem,
+)
 def test_autoencoder_configs_state_the_shape_of_their_latents(path):
     autoencoder = instantiate(OmegaConf.load(path))
     for channels, size in itertools.product((1, 3), (8, 32)):

@@ -224,9 +224,11 @@ def check(arm: Arm, here: bool = True) -> None:
     # what fits into memory is decoded now, so that a corrupt file is found before anything is written
     arm.source.split("train")
     _check_latents(arm)
-    if config["evaluation"]["num_samples"] or config["evaluation"]["interim_samples"]:
-        if arm.evaluator.split is not None and not len(arm.source.split(arm.evaluator.split)):
-            arm.source.split(arm.evaluator.split).fingerprint()  # says what is missing
+    settings = config["evaluation"]
+    if settings["num_samples"] or (settings["every_n_steps"] and settings["interim_samples"]):
+        split = arm.evaluator.split if arm.evaluator.extractor.dim else None
+        if split is not None and not len(arm.source.split(split)):
+            arm.source.split(split).fingerprint()  # says what is missing
         arm.evaluator.check(config["evaluation"]["num_samples"])
     averages = arm.module.ema.named()
     if config["weights"] == "best" and config["checkpoint"]["monitor"] is None:

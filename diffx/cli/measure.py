@@ -63,6 +63,8 @@ def protocol_of(arm: Arm, generator: Generator, step: int, run: Run) -> tuple[di
         "times": fingerprint([f"{t:.9g}" for t in generator.times().tolist()]),
         "guide": guide_hash(arm, generator.denoiser),
     }
+    if arm.module.autoencoder.state_dict():  # what decodes the samples
+        protocol["autoencoder"] = arm.module.autoencoder.fingerprint()
     if config["likelihood"]:
         protocol |= {"likelihood": config["likelihood"], "likelihood_images": config["evaluation"]["likelihood_images"]}
     digest = fingerprint(protocol)

@@ -25,8 +25,12 @@ INFERENCE = {
 }
 """Top-level keys that say what is asked of the trained model."""
 
-DATA_HOW = {"root", "num_workers", "download", "cache_bytes"}
-"""Keys of `data` that say where the data lie and how they are read."""
+DATA_HOW = {"root", "num_workers", "download", "cache_bytes", "images"}
+"""Keys of `data` that say where the data lie, how they are read, and what samples are compared with."""
+
+
+AUTOENCODER_HOW = {"batch_size", "download"}
+"""Keys of `autoencoder` that say how it is run."""
 
 
 def is_identity(key: str) -> bool:
@@ -36,7 +40,7 @@ def is_identity(key: str) -> bool:
         key: such as `schedule.s` or `trainer.devices`.
     """
     head, _, rest = key.lstrip("+~").partition(".")
-    if head == "data" and rest.partition(".")[0] in DATA_HOW:
+    if rest.partition(".")[0] in {"data": DATA_HOW, "autoencoder": AUTOENCODER_HOW}.get(head, ()):
         return False
     head = head.partition("@")[0]  # GROUP@PACKAGE
     return head not in HOW | INFERENCE | {"seed", "experiment", "hydra"} and not head.startswith("hydra/")
@@ -45,7 +49,8 @@ def is_identity(key: str) -> bool:
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a resolved config that decides the trained weights, the seed aside."""
     kept = {key: value for key, value in config.items() if key not in HOW | INFERENCE | {"seed"}}
-    kept["data"] = {key: value for key, value in kept.get("data", {}).items() if key not in DATA_HOW}
+    for group, how in (("data", DATA_HOW), ("autoencoder", AUTOENCODER_HOW)):
+        kept[group] = {key: value for key, value in kept.get(group, {}).items() if key not in how}
     return kept
 
 

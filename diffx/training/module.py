@@ -92,6 +92,15 @@ class DiffusionModule(L.LightningModule):
         seen = self.first_nonfinite
         self.first_nonfinite = torch.where((seen < 0) & (first < none), first, seen)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the autoencoder out: it is frozen, and can be larger than the model."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("autoencoder.")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the autoencoder as it is."""
+        checkpoint["state_dict"] |= self.autoencoder.state_dict(prefix="autoencoder.")
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and the learning rate schedule per step."""
         parameters = [p for p in (*self.denoiser.parameters(), *self.objective.parameters()) if p.requires_grad]
