@@ -195,6 +195,28 @@ def test_a_refusal_of_sbatch_is_told_and_leaves_nothing(capsys, tmp_path, slurm)
     assert not list((tmp_path / ".slurm").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["launcher.signal=KILL@10"], "launcher.signal is 'KILL@10'; write SIGNAL@SECONDS"),
+        (["launcher.gpu=1"], "there is no key 'launcher.gpu' (did you mean 'launcher.gpus'"),
+        (["launcher.nodes=0"], "launcher.nodes is 0; set it to 1 or more"),
+        (["launcher.sbatch=[exclusive]"], "launcher.sbatch holds 'exclusive'"),
+        (["schedule=cosin"], "there is no schedule=cosin (did you mean 'cosine'?)"),
+        (["hydra/sweeper=optuna"], "launcher=slurm waits for none"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_submitted(capsys, tmp_path, slurm, words, message):
+    code, _, err = run(capsys, "train", "-m", "launcher=slurm", *TINY, f"runs_dir={tmp_path}/runs", *words)
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not calls(slurm, "sbatch") and not (tmp_path / "runs").exists()
+
+
+def test_outside_a_job_srun_is_refused(capsys, tmp_path, slurm):
+    code, _, err = run(capsys, "train", "launcher=srun", *TINY, f"runs_dir={tmp_path}")
+    assert code == 2 and "inside a SLURM job only" in err
+
+
 # ---- the ledger ----
 
 
