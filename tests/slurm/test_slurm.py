@@ -247,6 +247,13 @@ def hide(login, program):
     return str(folder)
 
 
+def test_the_doctor_asks_a_compute_node_too(login):
+    said = login.diffx("doctor", "launcher=slurm", "launcher.gpus=0", "launcher.cpus_per_task=1", *TINY)
+    assert "node1 (compute node)" in said or "node2 (compute node)" in said
+    assert "low*: 2 nodes idle" in said and "versions" in said and "clocks" in said
+    assert "all is well" in said
+
+
 def test_what_slurm_refuses_is_told_in_a_sentence(login):
     words = ["launcher=slurm", "launcher.gpus=0", "launcher.partition=fast", *TINY, "training.max_steps=2"]
     said = login.diffx("train", *words, code=2)
