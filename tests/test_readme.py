@@ -101,6 +101,8 @@ def test_every_command_of_the_readme_runs(command, run_dir, tmp_path, monkeypatc
         argv = list({word.partition("=")[0]: word for word in argv}.values()) if "--config-dir" not in argv else argv
     if argv[0] == "fit-extractor":
         argv += ["epochs=3", "min_accuracy=0.5"]
+    if argv[0] == "plan":
+        argv += ["probe=0.1"]
     if argv[0] == "learn-times":
         argv += ["n=8", "iterations=1"]
     if argv[0] == "evaluate" and "--help" not in argv:
