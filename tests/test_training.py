@@ -66,7 +66,7 @@ HARD = [
     "sampler=ddpm",
     "sampler.steps=2",
 ]
-TIMES = {"images_per_second", "eval/seconds"}
+TIMES = {"images_per_second", "eval/seconds", "data_wait"}
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY, events, state, step
 
-TIMES = {"images_per_second", "eval/seconds"}
+TIMES = {"images_per_second", "eval/seconds", "data_wait"}
 
 
 def checkpoint(run):
