@@ -424,7 +424,10 @@ def test_killing_loses_unfinished_shards_only_and_leaves_no_processes(photos, tm
     packed(photos, dest, workers=2)
     assert tars(dest) == tars(tmp_path / "whole")
     assert files_below(dest) == files_below(tmp_path / "whole")
-    assert all((dest / name).stat().st_mtime_ns == time for name, time in times.items())  # not written again
+    if (
+        workers == 1
+    ):  # the second of two may have been killed between a shard and its index: then both are written again
+        assert all((dest / name).stat().st_mtime_ns == time for name, time in times.items())
 
 
 @pytest.mark.parametrize("moves", [0, 3, 10])

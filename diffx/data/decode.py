@@ -124,7 +124,7 @@ def _fast_jpeg(data: bytes, channels: int) -> np.ndarray | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in ("Gray", "YCbCr", "RGB") or height * width > _MOST_PIXELS:
+        if colours not in ("Gray", "YCbCr", "RGB") or int(height) * int(width) > _MOST_PIXELS:
             return None
         return simplejpeg.decode_jpeg(data, "GRAY" if colours == "Gray" and channels == 1 else "RGB")
     except ValueError:
