@@ -11,7 +11,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +22,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import PILToTensor
-from webdataset import WebDataset as PlainWebDataset
-from webdataset import WebLoader
+from webdataset.compat import WebDataset as PlainWebDataset
+from webdataset.compat import WebLoader
 from webdataset.writer import TarWriter
 
-from diffx.data import GlobalBatches, WebDataset
+from diffx.data import Folder, GlobalBatches, WebDataset
 from diffx.data.decode import decode_image
 from diffx.data.shards.index import ShardIndex, save_index
 
@@ -32,14 +34,15 @@ IMAGES: Path | None = None
 """A folder of class folders of JPEGs of 32×32 pixels; without it, crops of photographs scaled to that size."""
 
 WORKERS, BATCH, PER_SHARD = 2, 128, 1000
+"""BATCH is that of the measurements that compare nothing."""
 
 
 def cases(quick: bool, clock: Clock) -> list[Case]:
     """Wall-clock time always: the work is done by other processes."""
-    n = 2000 if quick else 20000
+    seconds = 0.5 if quick else 3.0
     return [
-        _speed(32, n, 1 if quick else 5),
-        _speed(256, n // 10, 1 if quick else 5),
+        _speed(32, 2000 if quick else 20000, 256, seconds, 1 if quick else 5),
+        _speed(256, 500 if quick else 2000, 128, seconds, 1 if quick else 5),
         _first_batch(quick),
         _memory(quick),
         _simulated(quick),
@@ -111,35 +114,38 @@ def source(shards: Path, size: int, workers: int = WORKERS, batch_size: int = BA
     )  # fmt: skip
 
 
-def _speed(size: int, n: int, rounds: int) -> Case:
+def _speed(size: int, n: int, batch_size: int, seconds: float, rounds: int) -> Case:
     root = stored(n, size)
-    batches = max(4, n // BATCH // 2)
-    contenders: dict[str, Callable[[], float]] = {
-        "torchvision ImageFolder": partial(per_image, partial(image_folder, root), batches // 4),
-        "webdataset, PIL": partial(per_image, partial(plain_webdataset, root), batches // 4),
-        "diffx, folder": partial(per_image, partial(diffx_folder, root, size), batches // 2),
-        "diffx, shards": partial(per_image, partial(diffx_shards, root / "jpg", size), batches),
-        "diffx, decoded shards": partial(per_image, partial(diffx_shards, root / "npy", size), 4 * batches),
-        "decoding alone": partial(ceiling, root, size, max(2, batches)),
+    loaders: dict[str, Callable[[], Iterable]] = {
+        "torchvision ImageFolder": partial(image_folder, root, batch_size),
+        "webdataset, PIL": partial(plain_webdataset, root, batch_size),
+        "diffx, folder": partial(diffx_folder, root, size, batch_size),
+        "diffx, shards": partial(diffx_shards, root / "jpg", size, batch_size),
+        "diffx, decoded shards": partial(diffx_shards, root / "npy", size, batch_size),
+        "decoding alone": partial(decoding, root, size, batch_size),
     }
-    if not _missing("datasets"):
-        contenders["datasets"] = partial(per_image, partial(hugging_face, root), batches // 4)
     if size == 32:
-        contenders["diffx, decoded, no workers"] = partial(
-            per_image, partial(diffx_shards, root / "npy", size, 0), 4 * batches
-        )
-    return Case("loading, µs per image", f"{size}×{size}, {WORKERS} workers, batches of {BATCH}", contenders, rounds)
+        loaders["diffx, decoded, no workers"] = partial(diffx_shards, root / "npy", size, batch_size, 0)
+    if find_spec("datasets") is not None:
+        loaders["datasets"] = partial(hugging_face, root, batch_size)
+    contenders: dict[str, Callable[[], float]] = {
+        name: partial(per_image, loader, batch_size, seconds) for name, loader in loaders.items()
+    }
+    return Case(
+        "loading, µs per image", f"{size}×{size}, {WORKERS} workers, batches of {batch_size}", contenders, rounds
+    )
 
 
-def per_image(loader: Callable[[], Iterable], batches: int) -> float:
-    """Microseconds per image, after the first batches."""
+def per_image(loader: Callable[[], Iterable], batch_size: int, seconds: float) -> float:
+    """Microseconds per image over some seconds, after the batches that may have been read ahead."""
     waiting = iter(loader())
-    for _ in range(2 * WORKERS):
+    for _ in range(8 * WORKERS):
         next(waiting)
-    started = time.perf_counter()
-    for _ in range(max(batches, 2)):
+    started, batches = time.perf_counter(), 0
+    while time.perf_counter() < started + seconds:
         next(waiting)
-    return (time.perf_counter() - started) / (max(batches, 2) * BATCH) * 1e6
+        batches += 1
+    return (time.perf_counter() - started) / (batches * batch_size) * 1e6
 
 
 def forever(loader: Iterable) -> Iterable:
@@ -147,67 +153,60 @@ def forever(loader: Iterable) -> Iterable:
     return itertools.chain.from_iterable(loader for _ in itertools.count())
 
 
-def image_folder(root: Path) -> Iterable:
+def image_folder(root: Path, batch_size: int) -> Iterable:
     """The loader of most image code: bytes to the device, as here."""
     images = ImageFolder(str(root / "folder"), transform=PILToTensor())
-    return forever(DataLoader(images, batch_size=BATCH, shuffle=True, num_workers=WORKERS, drop_last=True))
+    return forever(DataLoader(images, batch_size, shuffle=True, num_workers=WORKERS, drop_last=True))
 
 
-def hugging_face(root: Path) -> Iterable:
+def hugging_face(root: Path, batch_size: int) -> Iterable:
     """The `datasets` library on the same folder."""
-    from datasets import load_dataset
+    from datasets import load_dataset  # pyright: ignore[reportMissingImports]
 
     images = load_dataset("imagefolder", data_dir=str(root / "folder"), split="train").with_format("torch")
-    return forever(DataLoader(images, batch_size=BATCH, shuffle=True, num_workers=WORKERS, drop_last=True))
+    return forever(DataLoader(images, batch_size, shuffle=True, num_workers=WORKERS, drop_last=True))
 
 
-def plain_webdataset(root: Path) -> Iterable:
-    """WebDataset as its manual shows it."""
+def plain_webdataset(root: Path, batch_size: int) -> Iterable:
+    """WebDataset as its manual shows it, without end."""
     shards = sorted(str(file) for file in (root / "jpg").glob("*.tar"))
-    images = PlainWebDataset(shards, shardshuffle=100, empty_check=False).shuffle(1000).decode("pil")
-    batches = images.to_tuple("jpg", "cls").map_tuple(PILToTensor()).batched(BATCH, partial=False)
-    return forever(WebLoader(batches, batch_size=None, num_workers=min(WORKERS, len(shards))))
+    images = PlainWebDataset(shards, shardshuffle=100, resampled=True).shuffle(1000).decode("pil")
+    batches = images.to_tuple("jpg", "cls").map_tuple(PILToTensor()).batched(batch_size, partial=False)
+    return WebLoader(batches, batch_size=None, num_workers=WORKERS)
 
 
-def diffx_folder(root: Path, size: int) -> Iterable:
+def diffx_folder(root: Path, size: int, batch_size: int) -> Iterable:
     """data=folder, too large for the memory."""
-    from diffx.data import Folder
-
     return Folder(
         root=str(root / "folder"), cache_bytes=0, test_fraction=0.0, name="loading", channels=3, image_size=size,
-        num_classes=len(list((root / "folder").iterdir())), batch_size=BATCH, flip=True, num_workers=WORKERS,
+        num_classes=len(list((root / "folder").iterdir())), batch_size=batch_size, flip=True, num_workers=WORKERS,
     ).train_loader(0)  # fmt: skip
 
 
-def diffx_shards(shards: Path, size: int, workers: int = WORKERS) -> Iterable:
+def diffx_shards(shards: Path, size: int, batch_size: int, workers: int = WORKERS) -> Iterable:
     """data=webdataset."""
-    return source(shards, size, workers).train_loader(0)
+    return source(shards, size, workers, batch_size).train_loader(0)
 
 
 class Decoding(Dataset[int]):
     """Decodes batches that are in memory, and hands nothing on: as fast as the cores can be."""
 
-    def __init__(self, files: list[bytes], size: int) -> None:
+    def __init__(self, files: list[bytes], size: int, batch_size: int) -> None:
         self.files = files
         self.size = size
+        self.batch_size = batch_size
 
     def __getitem__(self, k: int) -> int:
-        for j in range(k * BATCH, (k + 1) * BATCH):
+        for j in range(k * self.batch_size, (k + 1) * self.batch_size):
             decode_image(self.files[j % len(self.files)], "", 3, (self.size, self.size), False)
         return k
 
 
-def ceiling(root: Path, size: int, batches: int) -> float:
-    """Microseconds per image of decoding alone."""
+def decoding(root: Path, size: int, batch_size: int) -> Iterable:
+    """Decoding alone, by the same decoder."""
     files = [file.read_bytes() for file in itertools.islice(sorted((root / "folder").rglob("*.jpg")), 1000)]
-    loader = DataLoader(Decoding(files, size), batch_size=None, sampler=itertools.count(), num_workers=WORKERS)  # pyright: ignore
-    return per_image(lambda: loader, batches)
-
-
-def _missing(package: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(package) is None
+    sampler: Any = itertools.count()
+    return DataLoader(Decoding(files, size, batch_size), batch_size=None, sampler=sampler, num_workers=WORKERS)
 
 
 # ---- the start, memory, and very many ranks: each in a process of its own ----

@@ -1,11 +1,12 @@
 """Plots for the eye and for a paper: a metric over something, with its uncertainty; pictures in a row."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cycler import cycler
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from PIL import Image
@@ -26,6 +27,129 @@ class Curve:
     x: Sequence[float]
     y: Sequence[float]
     stderr: Sequence[float | None] | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of one arm in a `Chart`.
+
+    Arguments:
+        name: what the legend calls it.
+        x: where; positions of the ticks where the axis has names instead of numbers.
+        y: the values.
+        low: lower ends of the intervals, None where there is none.
+        high: upper ends.
+        style: the number of its colour, dash and marker, the same for an arm in every chart; None is grey and dotted.
+        joined: whether the points are joined.
+        notes: what is said of each point beside its numbers.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
+    style: int | None = 0
+    joined: bool = True
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines with their axes, to be drawn on paper or on a page.
+
+    Arguments:
+        lines: what is drawn.
+        xlabel: the name of the horizontal axis, with its unit.
+        ylabel: the name of the vertical axis, with its unit.
+        log_x: whether the horizontal axis is logarithmic.
+        log_y: whether the vertical axis is.
+        xticks: names at positions 0, 1, … of the horizontal axis.
+        yticks: names at positions 0, 1, … of the vertical axis, from above; intervals then are horizontal.
+        bands: whether intervals are shaded bands instead of bars.
+        mark: a reference value of the axis that has numbers, drawn as a thin line.
+    """
+
+    lines: Sequence[Line]
+    xlabel: str
+    ylabel: str
+    log_x: bool = False
+    log_y: bool = False
+    xticks: Sequence[str] = field(default=())
+    yticks: Sequence[str] = field(default=())
+    bands: bool = False
+    mark: float | None = None
+
+
+GREY = "#7f7f7f"
+COLORS: tuple[str, ...] = tuple(str(color) for color in TABLEAU_COLORS.values() if color != GREY)
+
+
+def plot_chart(chart: Chart, path: Path) -> None:
+    """Draws a chart.
+
+    Arguments:
+        chart: what is drawn.
+        path: the file, .png, .pdf or .svg.
+    """
+    many = len(chart.lines) > 6
+    height = max(2.4, 0.34 * len(chart.yticks) + 1.2) if chart.yticks else 3.8
+    figure = Figure(figsize=(8.4 if many and not chart.yticks else 6.4, height), layout="constrained")
+    axes = figure.subplots()
+    for line in chart.lines:
+        _draw(axes, line, chart)
+    if chart.mark is not None:
+        (axes.axvline if chart.yticks else axes.axhline)(chart.mark, color="0.5", linewidth=0.8, linestyle=":")
+    if chart.log_x:
+        axes.set_xscale("log")
+    if chart.log_y:
+        axes.set_yscale("log")
+    if chart.xticks:
+        turned = {"rotation": 25, "ha": "right"} if max(map(len, chart.xticks)) > 60 // len(chart.xticks) else {}
+        axes.set_xticks(range(len(chart.xticks)), list(chart.xticks), **turned)
+        axes.margins(x=0.12)
+    if chart.yticks:
+        axes.set_yticks(range(len(chart.yticks)), list(chart.yticks))
+        axes.set_ylim(len(chart.yticks) - 0.5, -0.5)
+    axes.set_xlabel(chart.xlabel)
+    axes.set_ylabel(chart.ylabel)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    named = {line.name for line in chart.lines if line.name}
+    if len(named) > 1 and not chart.yticks:
+        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
+        axes.legend(frameon=False, fontsize="small", **beside)
+    _save(figure, path)
+
+
+def look(style: int | None) -> tuple[str, str, str]:
+    """Colour, dash and marker of a style, as matplotlib writes them: nine colours, then the same ones dashed."""
+    if style is None:
+        return GREY, ":", "|"
+    return COLORS[style % len(COLORS)], ("-", "--", "-.")[style // len(COLORS) % 3], "osD^vPX"[style % 7]
+
+
+def marked(line: Line) -> bool:
+    """Whether its points have markers: not where they would run into each other."""
+    return not line.joined or (line.style is not None and len(line.x) <= 12)
+
+
+def _draw(axes: Axes, line: Line, chart: Chart) -> None:
+    color, dash, marker = look(line.style)
+    drawn = {"color": color, "label": line.name or None, "linestyle": dash if line.joined else "none"}
+    drawn |= {"marker": marker, "markersize": 5} if marked(line) else {}
+    axes.plot(line.x, line.y, linewidth=1.4, **drawn)
+    if line.low is None or line.high is None:
+        return
+    bounds = zip(line.x, line.y, line.low, line.high, strict=True)
+    known = [(x, y, low, high) for x, y, low, high in bounds if low is not None and high is not None]
+    x, y, low, high = ([point[k] for point in known] for k in range(4))
+    if chart.bands:
+        axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+    elif chart.yticks:
+        axes.hlines(y, low, high, color=color, linewidth=1.4)
+    else:
+        axes.vlines(x, low, high, color=color, linewidth=1.4)
 
 
 def plot_curves(

@@ -8,9 +8,9 @@ from conftest import build, each
 
 from diffx.augmentations import Augmentation, Geometric, NoAugmentation
 from diffx.augmentations.geometric import _SYM6, warp
+from diffx.cli.budget import set_steps
 from diffx.cli.build import build as assemble
 from diffx.cli.compose import compose_config
-from diffx.cli.train import _budget
 from diffx.experiment import fingerprint, identity
 from diffx.utils import DiffxError, Keys
 
@@ -213,7 +213,7 @@ NETWORK += ["backbone.attention=[]", "backbone.augment_labels=9"]
 
 
 def composed(*words):
-    return compose_config("train", list(words), [], _budget)
+    return compose_config("train", list(words), [], set_steps)
 
 
 def step(arm, index):

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from diffx.cli import main as cli
+from diffx.cli.budget import set_steps
 from diffx.cli.compose import compose_config
 from diffx.cli.help import COMMANDS, command_help, overview
 from diffx.cli.paths import config_dir, groups
-from diffx.cli.train import _budget
 from diffx.utils import DiffxError
 
 TINY = [
@@ -332,12 +332,12 @@ def test_a_schedule_from_the_users_own_package(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("experiment", groups()["experiment"])
 def test_every_experiment_composes_and_its_parts_exist(experiment):
-    config = compose_config("train", [f"experiment={experiment}"], [], _budget)
+    config = compose_config("train", [f"experiment={experiment}"], [], set_steps)
     assert config["training"]["max_steps"] > 0
 
 
 def test_a_budget_of_images_becomes_one_of_steps():
-    config = compose_config("train", ["training.max_images=6400", "lr_schedule=cosine"], [], _budget)
+    config = compose_config("train", ["training.max_images=6400", "lr_schedule=cosine"], [], set_steps)
     assert config["training"]["max_steps"] == 100
     assert config["lr_schedule"]["total_steps"] == 100
 
@@ -350,9 +350,9 @@ def test_every_yaml_of_a_group_composes():
             overrides = [f"{group}={choice}"]
             if "???" in (config_dir() / group / f"{choice}.yaml").read_text():
                 with pytest.raises(DiffxError, match="set "):
-                    compose_config("train", overrides, [], _budget)
+                    compose_config("train", overrides, [], set_steps)
                 continue
-            compose_config("train", overrides, [], _budget)
+            compose_config("train", overrides, [], set_steps)
 
 
 def test_the_console_script_answers():

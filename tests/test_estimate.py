@@ -147,10 +147,10 @@ def test_flops_are_those_of_the_paper():
     # forward and backward
     from conftest import build
 
-    from diffx.training.probe import training_flops
+    from diffx.training.flops import training_flops
 
     class Module(torch.nn.Module):
-        device = torch.device("cpu")
+        device, objective, first_nonfinite = torch.device("cpu"), None, None
 
         def __init__(self):
             super().__init__()

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
+from diffx.cli.budget import set_steps
 from diffx.cli.compose import compose_config
-from diffx.cli.train import _budget
 from diffx.experiment import Record, Run, fingerprint, identity, is_identity, locate
 from diffx.experiment.record import command_line
 from diffx.experiment.run import step_of
@@ -31,7 +31,7 @@ CONFIG = {
 
 
 def config_of(*overrides):
-    return compose_config("train", list(overrides), [], _budget)
+    return compose_config("train", list(overrides), [], set_steps)
 
 
 # ---- identity ----

@@ -483,11 +483,11 @@ APG = ["guidance=cfg", "guidance.scale=3", "guidance.rule={_target_:diffx.guidan
 
 def configured(*overrides):
     """The guidance that a command line asks for."""
+    from diffx.cli.budget import set_steps
     from diffx.cli.build import make
     from diffx.cli.compose import compose_config
-    from diffx.cli.train import _budget
 
-    return make(compose_config("train", list(overrides), [], _budget), "guidance")
+    return make(compose_config("train", list(overrides), [], set_steps), "guidance")
 
 
 def test_the_command_line_stacks_and_swaps_the_rule():

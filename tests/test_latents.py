@@ -15,11 +15,11 @@ from test_pack import files_below, picture, samples, sentence, tars
 from diffx.autoencoders import KL
 from diffx.cli import data_encode
 from diffx.cli import main as cli
+from diffx.cli.budget import set_steps
 from diffx.cli.build import build, check
 from diffx.cli.compose import compose_config
 from diffx.cli.data_encode import _process
 from diffx.cli.data_encoding import Encoding
-from diffx.cli.train import _budget
 from diffx.data import Latents, WebDataset
 from diffx.data.pack import ArraySource, Interrupted, Layout, Manifest, PackSource, Transform, pack, splits_of
 from diffx.utils import DiffxError, Keys
@@ -388,7 +388,7 @@ def test_training_sampling_and_measuring_latents(digits, tmp_path, capsys):
 def arm_of(train, *changes):
     changed = {word.partition("=")[0]: word for word in changes}
     words = [word for word in train if word.partition("=")[0] not in changed]
-    return build(compose_config("train", [*words, *changes], [], _budget))
+    return build(compose_config("train", [*words, *changes], [], set_steps))
 
 
 def test_training_without_images_needs_a_reference(digits):

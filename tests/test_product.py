@@ -10,9 +10,9 @@ import torch
 from conftest import build, choices, complete, in_pairs, keyed_noise
 
 from diffx.autoencoders import Pixels
+from diffx.cli.budget import set_steps
 from diffx.cli.build import build as assemble
 from diffx.cli.compose import compose_config
-from diffx.cli.train import _budget
 from diffx.conditioning import LabelConditioner
 from diffx.denoisers import LearnedVariance, Preconditioned
 from diffx.generate import Generator
@@ -159,7 +159,7 @@ def test_every_experiment_survives_two_steps_and_a_sample(words):
     experiment, *overrides = words.split()
     overrides += [*SMALLER.get(experiment, []), *STAND_INS.get(experiment, [])]
     overrides += [f"experiment={experiment}", "extractor=none", "trainer=cpu"]
-    arm = assemble(compose_config("train", overrides, [], _budget))
+    arm = assemble(compose_config("train", overrides, [], set_steps))
     optimizer = arm.module.configure_optimizers()["optimizer"]
     source = arm.source
     shape = (2, source.channels, source.image_size, source.image_size)

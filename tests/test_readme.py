@@ -11,9 +11,9 @@ from PIL import Image
 from test_cli import TINY
 
 from diffx.cli import main as cli
+from diffx.cli.budget import set_steps
 from diffx.cli.compose import compose_config
 from diffx.cli.paths import groups
-from diffx.cli.train import _budget
 
 QUICK = ["training.max_steps=2", "autoencoder.base=8"]
 ROOT = Path(__file__).parent.parent
@@ -93,7 +93,7 @@ def test_every_command_of_the_readme_runs(command, run_dir, tmp_path, monkeypatc
         (tmp_path / "conf/schedule/trig.yaml").write_text("_target_: mypkg.Trigonometric\n")
     if argv[0] == "train" and "--help" not in argv:
         if "experiment=fashion_mnist" in argv:  # its images are not at hand here: it composes
-            compose_config("train", argv[1:], [], _budget)
+            compose_config("train", argv[1:], [], set_steps)
             return
         own = {word.partition("=")[0] for word in argv}
         argv += [word for word in TINY if word.partition("=")[0] not in own]

@@ -8,9 +8,9 @@ import torch
 from conftest import CONFIGS, build, choices
 from test_product import STAND_INS
 
+from diffx.cli.budget import set_steps
 from diffx.cli.build import _backbone, make
 from diffx.cli.compose import compose_config
-from diffx.cli.train import _budget
 
 torch.set_num_threads(1)
 
@@ -38,7 +38,7 @@ PUBLISHED = [name for name in PUBLISHED if name != "digits_edm"]  # the demo
 def composed(words):
     experiment, *overrides = words.split()
     return compose_config(
-        "train", [*overrides, *STAND_INS.get(experiment, []), f"experiment={experiment}"], [], _budget
+        "train", [*overrides, *STAND_INS.get(experiment, []), f"experiment={experiment}"], [], set_steps
     )
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from webdataset.writer import TarWriter
 
 from diffx.data import DataSource, GlobalBatches, StreamLoader, WebDataset
-from diffx.data.decode import Crop, decode_image, read_image
+from diffx.data.decode import Crop, decode_image, decode_into, read_image
 from diffx.data.shards import index_shard, load_index, open_index, save_index
 from diffx.data.shards.fields import conditions
 from diffx.data.shards.index import ShardIndex, beside, in_cache
@@ -199,13 +199,13 @@ def test_where_nothing_can_be_written_the_index_goes_to_the_cache(tmp_path, monk
     path = write_shard(tmp_path / "a.tar", range(9))
     real = Path.mkdir
     monkeypatch.setattr(
-        "diffx.utils.files.tempfile.mkstemp",
+        "diffx.data.shards.index.tempfile.mkstemp",
         lambda *, dir, **rest: _refused() if dir == tmp_path else _mkstemp(dir=dir, **rest),
     )
     open_index(path)
     assert real is Path.mkdir and not beside(path).exists() and in_cache(path).is_file()
     assert load_index(path) is not None
-    monkeypatch.setattr("diffx.utils.files.tempfile.mkstemp", lambda **rest: _refused())
+    monkeypatch.setattr("diffx.data.shards.index.tempfile.mkstemp", lambda **rest: _refused())
     in_cache(path).unlink()
     with pytest.warns(UserWarning, match=r"the index of '.*a.tar' cannot be saved"):
         assert save_index(index_shard(path)) is None
@@ -459,7 +459,7 @@ def test_batches_are_their_own_memory(uneven):
     assert_same(kept, expected)
     kept[0]["x"].zero_()
     assert torch.equal(kept[1]["x"], expected[1]["x"])
-    assert kept[0]["x"].is_contiguous()
+    assert source(uneven).split("train").get(torch.arange(3))["x"].is_contiguous()
 
 
 def test_the_number_of_workers_follows_the_cores(uneven, monkeypatch):
@@ -753,7 +753,7 @@ def test_fast_jpegs_have_the_pixels_of_pil(monkeypatch):
     draw = np.random.default_rng(0)
     files = []
     for quality, subsampling in ((50, 0), (90, 1), (95, 2)):
-        for shape in ((8, 8, 3), (17, 33, 3), (64, 48, 3), (16, 16)):
+        for shape in ((8, 8, 3), (17, 33, 3), (64, 80, 3), (16, 16), (70, 90)):
             file = io.BytesIO()
             noise = draw.integers(0, 256, shape).astype(np.uint8)
             Image.fromarray(noise).save(
@@ -764,6 +764,10 @@ def test_fast_jpegs_have_the_pixels_of_pil(monkeypatch):
     monkeypatch.setattr(decode, "_guarded", refuse)
     for data, pixels_ in zip(files, expected, strict=True):
         assert np.array_equal(decode_image(data, "", 3, pixels_.shape[:2], False), pixels_)
+        for mirrored in (False, True):
+            written = np.empty_like(pixels_)
+            decode_into(written, data, "", False, mirrored=mirrored)
+            assert np.array_equal(written, pixels_[:, ::-1] if mirrored else pixels_)
 
 
 # ---- what cannot be read ----

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from test_shards import encoded, source, write_members, write_shard
 
 from diffx.autoencoders import Pixels
+from diffx.cli.budget import set_steps, train
 from diffx.cli.build import build
 from diffx.cli.compose import compose_config
 from diffx.cli.rank import main as rank_main
-from diffx.cli.train import _budget, train
 from diffx.experiment import locate
 from diffx.objectives import Denoising, Objective
 from diffx.utils.signals import SIGNALS
@@ -97,7 +97,7 @@ def words_of(tmp_path, shards, *overrides):
 
 
 def run_of(words):
-    config = compose_config("train", words, [], _budget)
+    config = compose_config("train", words, [], set_steps)
     return locate(config["runs_dir"], config, words)
 
 
@@ -107,7 +107,7 @@ def train_on(words, processes, workers, monkeypatch, folder, number=0, at=-1):
     for name, value in (("RECORDS", folder), ("SIGNAL", int(number)), ("AT", at)):
         monkeypatch.setenv(name, str(value))
     words = [*words, f"data.num_workers={workers}", f"trainer.devices={processes}"]
-    config = compose_config("train", words, [], _budget)
+    config = compose_config("train", words, [], set_steps)
     return train(config, words)
 
 
@@ -211,7 +211,7 @@ def test_training_from_shards_holds_shards_out_and_logs_its_reading(tmp_path):
     write_members(tmp_path / "s" / "0.tar", [*images, *((f"{k:06d}.cls", b"0") for k in range(30))])
     held_out = f"data.test_shards={tmp_path}/s/3.tar"
     words = words_of(tmp_path, tmp_path / "s", held_out, "data.num_workers=1", "data.max_skipped=0.1")
-    config = compose_config("train", words, [], _budget)
+    config = compose_config("train", words, [], set_steps)
     splits = build(config).source.split
     assert (len(splits("train")), len(splits("test"))) == (90, 30)
     assert train(config, words) == 0
@@ -232,7 +232,7 @@ def test_samples_measured_against_shards(tmp_path):
         "evaluation.reference=test",
         "extractor=digits",
     ]
-    config = compose_config("train", words, [], _budget)
+    config = compose_config("train", words, [], set_steps)
     assert train(config, words) == 0
     (record,) = run_of(words).evaluations.iterdir()
     assert '"split": "test"' in record.read_text() or "test" in record.read_text()

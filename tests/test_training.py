@@ -23,10 +23,10 @@ from conftest import choices
 from rich.console import Console
 from torch import nn
 
+from diffx.cli.budget import set_steps, train
 from diffx.cli.build import build
 from diffx.cli.compose import compose_config
 from diffx.cli.execute import execute
-from diffx.cli.train import _budget, train
 from diffx.experiment import Run, locate
 from diffx.objectives import Denoising, Objective
 from diffx.pictures import save_grid
@@ -82,7 +82,7 @@ def _surroundings(monkeypatch, tmp_path_factory):
 
 def composed(root, *overrides):
     words = [*TINY, f"runs_dir={root}", *overrides]
-    return compose_config("train", words, [], _budget), words
+    return compose_config("train", words, [], set_steps), words
 
 
 def arm_and_run(root, *overrides):

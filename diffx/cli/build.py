@@ -161,6 +161,17 @@ def points(arm: Arm) -> list[Point]:
     return found
 
 
+def final_points(arm: Arm, known: dict[str, Evaluator]) -> dict[str, Arm]:
+    """The arm with each of the further settings of `evaluation.final`, by what was typed for it.
+
+    Arguments:
+        arm: the model, built.
+        known: as in `asked`.
+    """
+    found = arm.config["evaluation"].get("final_points", {})
+    return {name: asked(arm, arm.config | settings, known) for name, settings in found.items()}
+
+
 def generators(
     config: Config, autoencoder: Autoencoder, conditioner: Conditioner, source: DataSource
 ) -> Callable[[Denoiser], Generator]:
@@ -239,7 +250,11 @@ def check(arm: Arm, here: bool = True) -> None:
         raise DiffxError(
             "checkpoint.monitor needs metrics in training: set evaluation.every_n_steps and evaluation.interim_samples"
         )
-    for point in points(arm):
+    final = final_points(arm, {})
+    for other in final.values():
+        other.evaluator.check(other.config["evaluation"]["num_samples"])
+    at_the_end = [Point(name, other.config["weights"], other.generator) for name, other in final.items()]
+    for point in (*points(arm), *(p for p in at_the_end if p.weights != "best")):
         if point.weights not in averages:
             raise DiffxError(
                 f"there are no weights '{point.weights}' in training{nearest(point.weights, averages)}; "

@@ -4,6 +4,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
+from diffx.cli.parallel import Parallel
 from diffx.cli.paths import config_dir, groups
 from diffx.cli.types import check_types
 from diffx.utils import DiffxError, nearest
@@ -71,17 +73,20 @@ def parse(argv: list[str]) -> Arguments:
         elif "=" not in word and not word.startswith("~"):
             raise DiffxError(f"'{word}' is no setting; write KEY=VALUE or GROUP=CHOICE, such as schedule=cosine")
         else:
-            arguments.overrides.append(_quoted(_launcher(word)))
+            arguments.overrides.append(_quoted(_own(word)))
+    if "sweeper=optuna" in arguments.overrides:
+        arguments.overrides = [re.sub(r"^(\+*)hydra\.sweeper\.", r"\1sweeper.", word) for word in arguments.overrides]
     return arguments
 
 
-def _launcher(word: str) -> str:
-    """`hydra/launcher=slurm` as the group `launcher` that it means, which the frozen config keeps.
+def _own(word: str) -> str:
+    """`hydra/launcher=slurm` as the group `launcher` that it means, which the frozen config keeps; so for `sweeper`.
 
-    Launchers of Hydra's plugins are left to Hydra.
+    Launchers and sweepers of Hydra's plugins are left to Hydra.
     """
     group, _, choice = word.partition("=")
-    return f"launcher={choice}" if group == "hydra/launcher" and choice in groups()["launcher"] else word
+    name = group.removeprefix("hydra/")
+    return f"{name}={choice}" if group != name and choice in groups().get(name, ()) else word
 
 
 def as_dict(overrides: list[str]) -> dict[str, str]:
@@ -116,8 +121,16 @@ def compose_config(
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            config = compose(name, overrides=[*_searchpath(config_dirs), *overrides])
+            config = compose(name, overrides=[*_searchpath(config_dirs), *overrides], return_hydra_config=True)
         OmegaConf.set_struct(config, False)
+        chosen = config.pop("hydra").runtime.choices
+        # by these names tables tell arms apart; of a trained run's parts the name they had there
+        before = config.get("choices") or {}
+        config.choices = {
+            group: before.get(group, choice) if choice == "run" else choice
+            for group, choice in {**before, **chosen}.items()
+            if not group.startswith("hydra")
+        }
         if prepare is not None:
             prepare(config)
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -203,6 +216,14 @@ def refuse_sweep(overrides: list[str]) -> None:
             raise DiffxError(f"'{override.input_line}' names several values; add -m to run each of them")
 
 
+def seeds_first(overrides: list[str]) -> list[str]:
+    """Overrides in the order in which a sweep's last axis runs fastest and its seeds slowest.
+
+    So all arms of the first seed come first, and can be compared while the others run.
+    """
+    return sorted(overrides, key=lambda word: not word.startswith("seed="))
+
+
 def sweep_points(overrides: list[str], name: str, arguments: Arguments) -> list[list[str]]:
     """The overrides of every point of a sweep, without Hydra's own.
 
@@ -210,7 +231,7 @@ def sweep_points(overrides: list[str], name: str, arguments: Arguments) -> list[
         DiffxError: if an override cannot be read.
     """
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = OverridesParser.create().parse_overrides(seeds_first(overrides))
         own = [o for o in parsed if not o.key_or_group.startswith("hydra")]
         return BasicSweeper.split_arguments(own, None)[0]
     except HydraException as error:
@@ -218,59 +239,75 @@ def sweep_points(overrides: list[str], name: str, arguments: Arguments) -> list[
 
 
 def multirun(
-    name: str, check: Callable[[list[str]], Any], task: Callable[[list[str]], int], arguments: Arguments
+    name: str,
+    check: Callable[[list[str]], dict[str, Any]],
+    task: Callable[[list[str]], int],
+    arguments: Arguments,
 ) -> int:
     """Every point of a sweep, by Hydra's sweeper and launcher.
 
     Arguments:
         name: the primary config.
-        check: raises if a point, given by its overrides, cannot work; called for all points before the first starts.
+        check: makes the config of a point, given by its overrides, and raises if it cannot work; called for all points
+            before the first starts.
         task: runs one point, given by its overrides, and returns its exit code.
         arguments: what was typed.
 
     Returns:
-        0 if every point succeeded, otherwise 2.
+        0 if every point succeeded, otherwise 2; 128 + n if signal n has stopped parallel processes.
 
     Raises:
         DiffxError: if a point cannot be composed.
     """
     points = sweep_points(arguments.overrides, name, arguments)
-    for point in points:
-        check(point)
+    configs = [check(point) for point in points]
     total = len(points)
 
     def one(config: DictConfig) -> int:
         hydra = HydraConfig.get()
         point = list(hydra.overrides.task)
-        print(f"[{hydra.job.num + 1}/{total}] {' '.join(point)}", flush=True)
-        try:
-            code = task(point)
-        except DiffxError as error:
-            print(f"diffx: {error}", file=sys.stderr)
-            code = 2
-        if code >= 128:
+        label = f"[{hydra.job.num + 1}/{total}]"
+
+        def run() -> int:
+            print(f"{label} {' '.join(point)}" if parallel is None else " ".join(point), flush=True)
+            try:
+                return task(point)
+            except DiffxError as error:
+                print(f"diffx: {error}", file=sys.stderr)
+                return 2
+
+        if parallel is not None:
+            return parallel.worker(label, run)
+        if (code := run()) >= 128:
             raise KeyboardInterrupt
         return code
 
     version.setbase("1.3")
     GlobalHydra.instance().clear()
+    batches: Any = None
     with tempfile.TemporaryDirectory() as sweep_dir:
+        parallel = Parallel.of(arguments.overrides, configs, sweep_dir)
         hydra = Hydra.create_main_hydra2("diffx", create_config_search_path(str(config_dir())))
         quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.output_subdir=null"]
         # another launcher's jobs may run on other machines, and look for its files
-        plugin = any(o.startswith("hydra/launcher=") for o in arguments.overrides)
-        batches = hydra.multirun(
-            config_name=name,
-            task_function=one,
-            overrides=[
-                *_searchpath(arguments.config_dirs),
-                *quiet,
-                *([] if plugin else [f"hydra.sweep.dir={sweep_dir}"]),
-                *arguments.overrides,
-            ],
-            with_log_configuration=False,
-        )
-    GlobalHydra.instance().clear()
+        plugin = parallel is None and any(o.startswith("hydra/launcher=") for o in arguments.overrides)
+        with parallel.forwarding() if parallel else nullcontext():
+            batches = hydra.multirun(
+                config_name=name,
+                task_function=one,
+                overrides=[
+                    *_searchpath(arguments.config_dirs),
+                    *quiet,
+                    *([] if plugin else [f"hydra.sweep.dir={sweep_dir}"]),
+                    "hydra.sweeper.params=null",  # they are among the overrides already
+                    *seeds_first(arguments.overrides),
+                    *(parallel.overrides if parallel else []),
+                ],
+                with_log_configuration=False,
+            )
+        GlobalHydra.instance().clear()
+        if parallel and (number := parallel.stopped) is not None:
+            return 128 + number
     return 2 if any(job.return_value for batch in batches or [] for job in batch) else 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffx.cli.build import Arm, build, check, points
+from diffx.cli.build import Arm, build, check, final_points, points
 from diffx.cli.measure import best_device
 from diffx.data import DataSource
 from diffx.data.base import SplitName
@@ -21,6 +21,7 @@ from diffx.experiment.run import step_of
 from diffx.metrics.cache import Cache
 from diffx.training.callbacks import Point
 from diffx.training.data import StreamData
+from diffx.training.flops import training_flops
 from diffx.training.log import TrainingLog
 from diffx.training.nonfinite import NonFinite
 from diffx.training.probe import (
@@ -28,7 +29,6 @@ from diffx.training.probe import (
     probe_extraction,
     probe_sampling,
     probe_training,
-    training_flops,
 )
 from diffx.utils import DiffxError
 
@@ -186,7 +186,8 @@ class _Probe:
             self.known[self.network] = self._training()
         training, flops = self.known[self.network]
         self.arm.module.to(self.device)
-        sampling = {point.name: self._sampling(point) for point in points(self.arm)}
+        final = [Point(k, other.config["weights"], other.generator) for k, other in final_points(self.arm, {}).items()]
+        sampling = {point.name: self._sampling(point) for point in (*points(self.arm), *final)}
         seconds = {name: each for name, (each, _) in sampling.items()}
         memory = max([training.memory, *(used for _, used in sampling.values())])
         training = replace(training, start=training.start + self.loading)
@@ -234,8 +235,11 @@ class _Probe:
 
     def _sampling(self, point: Point) -> tuple[float, int]:
         """Seconds per sample at a point, and the memory it takes."""
-        settings = self.config | self.config["evaluation"]["interim_points"].get(point.name, {})
-        generator = point.generator(self.arm.module.ema.named()[point.weights].eval())
+        settings = self.config["evaluation"]
+        further = settings["interim_points"].get(point.name, settings.get("final_points", {}).get(point.name, {}))
+        settings = self.config | further
+        weights = "ema" if point.weights == "best" else point.weights
+        generator = point.generator(self.arm.module.ema.named()[weights].eval())
         sampler = {key: value for key, value in settings["sampler"].items() if key != "steps"}
         batch = self.config["evaluation"]["batch_size"]
         # where a sampler finds its steps itself, how many depends on the grid

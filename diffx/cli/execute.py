@@ -7,25 +7,29 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from diffx.cli.build import Arm, make, points
+from diffx.cli.build import Arm, final_points, points
+from diffx.cli.evaluate import summary
 from diffx.cli.figures import progress_pictures
 from diffx.cli.measure import Stopped, best_device, evaluate, table
+from diffx.cli.tracking import log_evaluation, log_weights, loggers_of
+from diffx.cli.trained import Task
+from diffx.evaluation import Evaluation
 from diffx.experiment import Run, fingerprint, identity
 from diffx.experiment.run import step_of
 from diffx.pictures import save_grid
-from diffx.training.callbacks import EvaluateEMA, ProgressBar
+from diffx.training.callbacks import EvaluateEMA, ProgressBar, Report
 from diffx.training.checkpoints import Checkpoints
 from diffx.training.data import StreamData
 from diffx.training.fit import Outcome, fit
 from diffx.training.log import TrainingLog
-from diffx.training.loggers import CSVLogger, log_image
+from diffx.training.loggers import log_image, trackers
 from diffx.training.nonfinite import NonFinite
 from diffx.training.weights import BestWeights, export_weights, load_weights
 from diffx.utils import DiffxError
 from diffx.utils.signals import StopSignal
 
 
-def execute(arm: Arm, run: Run, console: Console, checkpoint: Path | None) -> int:
+def execute(arm: Arm, run: Run, console: Console, checkpoint: Path | None, report: Report | None = None) -> int:
     """Trains to the end, exports the weights and evaluates; returns the exit code.
 
     Arguments:
@@ -33,28 +37,43 @@ def execute(arm: Arm, run: Run, console: Console, checkpoint: Path | None) -> in
         run: its directory.
         console: where to print.
         checkpoint: where to go on, the same on every rank; None to start anew.
+        report: as `EvaluateEMA`'s; a run that it stops is left as it is, in the state `pruned`.
     """
-    asked = StopSignal()
+    asked, code = StopSignal(), 1
+    loggers: list[Any] = []
     try:
-        return _execute(arm, run, console, checkpoint, asked)
+        loggers = loggers_of(arm, run, step_of(checkpoint) if checkpoint else 0)
+        code = _execute(arm, run, console, checkpoint, loggers, asked, report)
+        return code
     except DiffxError as error:
         run.set_status("failed", reason=str(error))
         raise
     except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
         run.set_status("interrupted", signal=int(signal.SIGINT))
         raise
     except Exception as error:
         run.set_status("failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         raise
+    finally:
+        for tracked in trackers(loggers):
+            tracked.finish(code)
 
 
-def _execute(arm: Arm, run: Run, console: Console, checkpoint: Path | None, asked: StopSignal) -> int:
-    config, module = arm.config, arm.module
+def _execute(
+    arm: Arm,
+    run: Run,
+    console: Console,
+    checkpoint: Path | None,
+    loggers: list[Any],
+    asked: StopSignal,
+    report: Report | None,
+) -> int:
+    module = arm.module
     if checkpoint is not None:
         console.print(f"resuming at step {step_of(checkpoint)}", highlight=False)
     run.set_status("running", step=step_of(checkpoint) if checkpoint else 0)
-    loggers = _loggers(config, run)
-    outcome = _fit(arm, run, console, checkpoint, loggers, asked)
+    outcome = _fit(arm, run, console, checkpoint, loggers, asked, report)
     first = outcome.trainer.is_global_zero
     if outcome.signal is not None:
         if first:
@@ -62,9 +81,15 @@ def _execute(arm: Arm, run: Run, console: Console, checkpoint: Path | None, aske
         name = signal.Signals(outcome.signal).name
         console.print(f"{name}: saved at step {outcome.step}; run the same command again to resume", highlight=False)
         return 128 + outcome.signal
+    callbacks: list[Any] = outcome.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    if any(isinstance(callback, EvaluateEMA) and callback.pruned for callback in callbacks):
+        run.set_status("pruned", step=outcome.step)
+        console.print(f"pruned at step {outcome.step}: others were better by then", highlight=False)
+        return 0
     if first:
         for name, denoiser in module.ema.named().items():
             export_weights(denoiser, run.weights.with_name(f"{name}.safetensors"), outcome.step)
+        log_weights(loggers, run, outcome.step)
         run.set_status("evaluating", step=outcome.step)
     trainer = outcome.trainer
     trainer.strategy.barrier()  # the other ranks read what the first has written
@@ -101,11 +126,14 @@ def summarize(
             console.print(str(stopped), highlight=False)
             return 128 + stopped.signal
         if rank == 0:
-            for logger in loggers:
-                row = {f"final/{name}": value.value for name, value in evaluation.values.items()}
-                logger.log_metrics(row, step=step)
+            log_evaluation(loggers, "final", evaluation, step)
             console.print(table(evaluation))
             console.print(f"evaluation  {file}", highlight=False, soft_wrap=True)
+        try:
+            _evaluate_points(arm, run, console, loggers, target, rank, world_size, asked)
+        except Stopped as stopped:
+            console.print(str(stopped), highlight=False)
+            return 128 + stopped.signal
     console.print(
         f"samples     {picture}\nweights     {run.weights}\nmetrics     {run.path / 'metrics.csv'}\n\n"
         "what to type next:\n"
@@ -118,12 +146,45 @@ def summarize(
     return 0
 
 
+def _evaluate_points(
+    arm: Arm,
+    run: Run,
+    console: Console,
+    loggers: list[Any],
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    stop: StopSignal | None,
+) -> None:
+    """Measures the model in each of the further ways of `evaluation.final`, where that is not done, and compares them.
+
+    Raises:
+        Stopped: if a signal asks to stop.
+    """
+    done: list[tuple[Task, Evaluation]] = []
+    for name, point in final_points(arm, {}).items():
+        weights = point.config["weights"]
+        denoiser, step = load_weights(arm.module.ema, weights, run.weights.parent, run.newest_checkpoint()[0])
+        measured, _ = evaluate(point, run, denoiser, step, console, device, rank, world_size, asked=stop)
+        done.append((Task(run, name.split(), point.config), measured))
+        if rank == 0:
+            log_evaluation(loggers, f"final/{name}", measured, step)
+    if done and rank == 0:
+        console.print(summary(done))
+
+
 def _fit(
-    arm: Arm, run: Run, console: Console, checkpoint: Path | None, loggers: list[Any], asked: StopSignal
+    arm: Arm,
+    run: Run,
+    console: Console,
+    checkpoint: Path | None,
+    loggers: list[Any],
+    asked: StopSignal,
+    report: Report | None,
 ) -> Outcome:
     config, module = arm.config, arm.module
     settings, trainer = config["evaluation"], config["trainer"]
-    log = TrainingLog(config["log_every_n_steps"])
+    log = TrainingLog(config["log_every_n_steps"], config["training"]["max_device_seconds"])
     callbacks: list[Any] = [log]
     if config["progress_bar"]:
         callbacks.append(ProgressBar(log, console))
@@ -142,6 +203,7 @@ def _fit(
             console,
             BestWeights(run.weights.with_name("best.safetensors"), monitor, mode) if monitor else None,
             asked,
+            report,
         )
     )
     if trainer["compile"]:
@@ -163,21 +225,3 @@ def _fit(
         **{key: config["training"][key] for key in ("max_steps", "precision", "gradient_clip_val")},
         **{key: trainer[key] for key in ("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches")},
     )
-
-
-def _loggers(config: dict[str, Any], run: Run) -> list[Any]:
-    loggers: list[Any] = [CSVLogger(run.path / "metrics.csv")]
-    digest = fingerprint(identity(config))
-    name = "/".join(run.path.parts[-2:])
-    for key in config["logger"]:
-        make_logger = make(config["logger"], key)
-        loggers.append(
-            make_logger(
-                directory=run.path / key,
-                run_id=f"{digest}-seed{config['seed']}",
-                group=digest,
-                name=name,
-                config=config,
-            )
-        )
-    return loggers

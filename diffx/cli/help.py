@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "measure trained runs, or images: FID, IS, KID and their kin, with uncertainty and protocol",
     "reference": "compute the statistics that samples are compared with, for nodes without the data or the network",
     "data": "pack images into shards, look at them, encode them into latents",
+    "wandb": "upload to Weights & Biases what was written offline; a workspace there for a sweep",
     "learn-times": "find the times at which few steps of a sampler come nearest to the exact solution",
     "fit-classifier": "train the classifier of noisy images that guidance=classifier climbs",
     "fit-autoencoder": "train a small KL autoencoder for latent diffusion",
@@ -336,6 +337,25 @@ examples:
               data.num_classes=10 thresholding=none autoencoder=kl autoencoder.weights=kl.safetensors data.images=shards
 """
 
+WANDB = """\
+diffx wandb: what runs have written offline into Weights & Biases, and a view of a sweep there.
+
+usage: diffx wandb sync [FOLDER …] [--all]            upload by wandb's own command; by default below runs
+       diffx wandb workspace [FOLDER …] [out=workspace.json] [project=NAME] [entity=TEAM]
+
+sync finds the offline folders of runs and resumed runs that have not been uploaded, and lists them where there is no
+key (wandb login). --all takes runs that were online too, whose end W&B may not have taken.
+
+workspace writes the definition of a W&B workspace for these runs: results by what differs between them, metrics over
+steps and compute, the loss by noise level, samples, speed; seeds are grouped. Where W&B can be reached it is saved
+there too. It needs pip install 'diffx[workspaces]'.
+
+examples:
+  diffx train -m schedule=linear,cosine seed=0,1,2 logger=wandb
+  diffx wandb sync runs/digits
+  diffx wandb workspace runs/digits out=workspace.json
+"""
+
 _TEXTS = {
     "train": TRAIN,
     "plan": PLAN,
@@ -354,6 +374,7 @@ _TEXTS = {
     "data pack": DATA_PACK,
     "data inspect": DATA_INSPECT,
     "data encode": DATA_ENCODE,
+    "wandb": WANDB,
 }
 
 
@@ -397,6 +418,7 @@ def command_help(name: str) -> str:
         "data pack": ["data"],
         "data inspect": [],
         "data encode": ["data", "autoencoder"],
+        "wandb": [],
     }[name]
     if not shown:
         return text

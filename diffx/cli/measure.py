@@ -161,7 +161,7 @@ def evaluate(
         digest,
         {**measured.seconds, "total": time.perf_counter() - started},
         measured.omitted,
-        {key: config[key] for key in sorted({*INFERENCE, "schedule"})},
+        {key: config[key] for key in sorted({*INFERENCE, "choices", "schedule"})},
         f"diffx evaluate repeat={file}",
         _environment(device, world_size),
     )

@@ -14,6 +14,7 @@ from rich.table import Table
 from diffx.cli.build import Arm, build, check_schedule
 from diffx.cli.compose import as_dict, parse, sweep_points
 from diffx.cli.estimate import SECONDS, Estimate, duration, estimate, totals
+from diffx.cli.grid import two_stages
 from diffx.cli.train import config_of
 from diffx.experiment import Run, fingerprint, identity, locate
 from diffx.objectives import ELBO, Denoising, Hybrid
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
     out, seconds = Path(own.get("out", "plan.png")).expanduser(), _seconds(own.get("probe", "true"))
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise DiffxError(f"out={out} is neither .png, .pdf nor .svg; choose one of them")
-    arguments = parse([word for word in argv if not word.startswith(("out=", "probe="))])
+    arguments = two_stages(parse([word for word in argv if not word.startswith(("out=", "probe="))]))
     points = sweep_points(arguments.overrides, "train", arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     with console.status("building the arms"):

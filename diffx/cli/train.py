@@ -2,18 +2,23 @@
 
 import os
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig
 from rich.console import Console
 
+from diffx.cli.budget import set_steps, steps_of_flops
 from diffx.cli.compose import Arguments, compose_config, multirun, parse, refuse_sweep, sweep_points
+from diffx.cli.grid import two_stages, without
 from diffx.cli.launch import launch
 from diffx.experiment import Record, Run, is_identity, locate
 from diffx.experiment.identity import INFERENCE
 from diffx.experiment.record import command_line
 from diffx.utils import DiffxError
+
+Report = Callable[[int, Mapping[str, float]], bool]
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +27,13 @@ def main(argv: list[str]) -> int:
     if arguments.show:
         print(yaml.safe_dump(config_of(arguments.overrides, arguments), sort_keys=False, allow_unicode=True), end="")
         return 0
-    if not arguments.multirun:
+    if "sweeper=optuna" in arguments.overrides and "launcher=slurm" not in arguments.overrides:
+        from diffx.cli.optimize import optimize
+
+        return optimize(arguments)
+    if arguments.multirun:
+        arguments = two_stages(arguments)
+    else:
         refuse_sweep(arguments.overrides)
     if "launcher=slurm" in arguments.overrides:
         return _submit(arguments)
@@ -43,25 +54,41 @@ def config_of(overrides: list[str], arguments: Arguments) -> dict[str, Any]:
         DiffxError: for every mistake, in one sentence.
     """
     config = compose_config("train", overrides, arguments.config_dirs, prepare)
+    if config["training"]["max_flops"] is not None:
+        overrides = [*overrides, f"training.max_steps={steps_of_flops(config)}"]
+        config = compose_config("train", overrides, arguments.config_dirs, prepare)
     # ranks and resumed runs start from the frozen config: what the further points mean is settled here
     config["evaluation"]["interim_points"] = {
-        point: _inference(point, overrides, arguments) for point in config["evaluation"]["interim"]
+        point: _inference(point, "interim", overrides, arguments, INFERENCE - {"evaluation", "extractor", "metrics"})
+        for point in config["evaluation"]["interim"]
+    }
+    config["evaluation"]["final_points"] = {
+        point: _differing(_inference(point, "final", overrides, arguments, INFERENCE | {"choices"}), config)
+        for point in config["evaluation"]["final"]
     }
     return config
 
 
-def _inference(point: str, overrides: list[str], arguments: Arguments) -> dict[str, Any]:
-    """The inference settings of a config with the further overrides of one point."""
+def _inference(point: str, where: str, overrides: list[str], arguments: Arguments, keys: set[str]) -> dict[str, Any]:
+    """Some keys of a config with the further overrides of one point."""
     more = point.split()
     for override in more:
         if is_identity(override.partition("=")[0]):
             raise DiffxError(
-                f"evaluation.interim holds '{override}', which changes the model; name inference settings only, such "
+                f"evaluation.{where} holds '{override}', which changes the model; name inference settings only, such "
                 "as sampler=ddim, sampler.steps=10, guidance.scale=2 or weights=ema_0.99"
             )
-    rest = [o for o in overrides if not o.startswith("evaluation.interim=")]
-    config = compose_config("train", [*rest, *more], arguments.config_dirs, prepare)
-    return {key: config[key] for key in INFERENCE - {"evaluation", "extractor", "metrics"}}
+    rest = [o for o in overrides if not o.startswith(("evaluation.interim=", "evaluation.final="))]
+    config = compose_config("train", [*without(rest, more), *more], arguments.config_dirs, prepare)
+    return {key: config[key] for key in sorted(keys)}
+
+
+def _differing(settings: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What of some settings is not as in a config: a frozen config is read by people too."""
+    lists = ("interim", "interim_points", "final", "final_points")
+    evaluation = {key: value for key, value in config["evaluation"].items() if key not in lists}
+    asked = settings | {"evaluation": {k: v for k, v in settings["evaluation"].items() if k not in lists}}
+    return {key: value for key, value in asked.items() if value != (config | {"evaluation": evaluation})[key]}
 
 
 def _submit(arguments: Arguments) -> int:
@@ -69,7 +96,7 @@ def _submit(arguments: Arguments) -> int:
     from diffx.cli.submit import submit
 
     overrides = arguments.overrides
-    sweeper = next((o for o in overrides if o.startswith(("hydra/sweeper=", "hydra.sweeper"))), None)
+    sweeper = next((o for o in overrides if o.startswith(("sweeper=optuna", "hydra/sweeper=", "hydra.sweeper"))), None)
     if sweeper is not None:
         raise DiffxError(
             f"'{sweeper}' needs results before it goes on, and launcher=slurm waits for none; leave one out"
@@ -92,8 +119,14 @@ def _task(config: dict[str, Any], overrides: list[str]) -> int:
     return code
 
 
-def train(config: dict[str, Any], overrides: list[str]) -> int:
-    """Trains, resumes or recognises one arm, then evaluates it; returns the exit code."""
+def train(config: dict[str, Any], overrides: list[str], report: Report | None = None) -> int:
+    """Trains, resumes or recognises one arm, then evaluates it; returns the exit code.
+
+    Arguments:
+        config: the resolved config.
+        overrides: what was typed, by which a new run directory is named.
+        report: is told the metrics in training and may stop it, in one process.
+    """
     # heavy imports after composing, so that a misspelt key is answered at once
     from diffx.cli.build import build, check, make
     from diffx.cli.execute import execute, summarize
@@ -122,7 +155,7 @@ def train(config: dict[str, Any], overrides: list[str]) -> int:
                 )
             ranks = ["-m", "diffx.cli.rank", str(run.path), str(run.resume_from() or "")]
             return launch(ranks, trainer["devices"])
-        return execute(arm, run, console, run.resume_from())
+        return execute(arm, run, console, run.resume_from(), report)
 
 
 def _in_job(run: Run, tasks: int, launcher: Any) -> int:
@@ -135,7 +168,7 @@ def _in_job(run: Run, tasks: int, launcher: Any) -> int:
 
 def prepare(config: DictConfig) -> None:
     """What follows from other settings, before anything is interpolated from it."""
-    _budget(config)
+    set_steps(config)
     # nodes and GPUs are asked for once
     launcher, trainer = config.launcher, config.trainer
     nodes, gpus = launcher.get("nodes"), launcher.get("gpus")
@@ -146,14 +179,3 @@ def prepare(config: DictConfig) -> None:
     elif "srun" in launcher and "SLURM_JOB_ID" in os.environ:
         trainer.num_nodes = int(os.environ.get("SLURM_NNODES", "1"))
         trainer.devices = int(os.environ.get("SLURM_NTASKS", "1")) // trainer.num_nodes
-
-
-def _budget(config: DictConfig) -> None:
-    """Turns a budget of images into one of steps, before anything is interpolated from it."""
-    training = config.training
-    if training.max_images is not None:
-        if not isinstance(training.max_images, int) or not isinstance(config.data.batch_size, int):
-            raise DiffxError("training.max_images and data.batch_size must be whole numbers")
-        training.max_steps = max(1, training.max_images // config.data.batch_size)
-    if training.max_steps is None:
-        raise DiffxError("nothing says how long to train; set training.max_steps=… or training.max_images=…")

@@ -179,7 +179,7 @@ class DataSource(ABC):
     ) -> Iterable[Batch]:
         """The endless training stream of one rank, a function of (seed, global sample number) alone.
 
-        A source that cannot be indexed, such as shards read in sequence, implements it in its own way.
+        A source with an order of its own, such as that of shards, implements it in its own way.
 
         Arguments:
             seed: the seed of the run: it keys order and flips.
@@ -191,7 +191,7 @@ class DataSource(ABC):
 
         Returns:
             Batches of `batch_size / (world_size · accumulate)` samples: `x` uint8 `[b, C, H, W]`, `label` int64 `[b]`,
-            `index` int64 `[b]` (the global sample number).
+            `index` int64 `[b]` (the global sample number), and what the source adds, such as captions.
 
         Raises:
             DiffxError: if `batch_size` cannot be shared evenly.

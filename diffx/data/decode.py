@@ -1,8 +1,9 @@
 """From an image file to uint8 pixels: colour, orientation, size. One way for every file."""
 
 import io
+import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
@@ -22,6 +23,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", "
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", *_SIXTEEN_BITS)
 _TURNED = 0x0112  # the EXIF tag of the camera's orientation
+_FRAME = struct.Struct(">HHB")
 _MOST_PIXELS = 2 * 89_478_485  # PIL's limit, against files that unpack to more than the memory holds
 
 
@@ -100,6 +102,45 @@ def decode_image(
     return _pixels(image, channels, size, crop)
 
 
+def decode_into(
+    pixels: np.ndarray, data: bytes, name: object, upscale: bool, crop: Crop | None = None, mirrored: bool = False
+) -> None:
+    """Writes the image of a file that is in memory to an array.
+
+    Arguments:
+        pixels: where to, uint8 `[height, width, channels]`, contiguous.
+        data: the file's bytes.
+        name: what messages call it.
+        upscale: as in `decode_image`.
+        crop: as in `decode_image`.
+        mirrored: whether left and right are exchanged.
+
+    Raises:
+        DiffxError: as `decode_image`; what has been written then is of no use.
+    """
+    height, width, channels = pixels.shape
+    found = _jpeg_header(data)
+    if simplejpeg is not None and found is not None and found[:2] == (height, width) and found[2] <= channels:
+        with suppress(ValueError):
+            if mirrored:
+                # the colours come backwards, since the bytes of each row will be reversed
+                image = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "BGR")
+                reverse_rows(image.reshape(height, -1), pixels.reshape(height, -1))
+            else:
+                simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", buffer=pixels)
+            return
+    image = decode_image(data, name, channels, (height, width), upscale, crop)
+    pixels[:] = image[:, ::-1] if mirrored else image
+
+
+def reverse_rows(rows: np.ndarray, out: np.ndarray) -> None:
+    """Copies bytes in reverse order along the last dimension; arguments are uint8 `[..., n]` and contiguous."""
+    if rows.shape[-1] % 8:
+        out[:] = rows[..., ::-1]
+    else:  # eight bytes at a time
+        out.view("<u8")[:] = rows.view(">u8")[..., ::-1]
+
+
 def check_header(path: Path, image_size: int, upscale: bool) -> None:
     """Raises the errors of `read_image` that can be found without decoding."""
     with _opened(path) as file:
@@ -117,18 +158,34 @@ def image_shape(data: bytes, name: object) -> tuple[int, int]:
 
 def _fast_jpeg(data: bytes, channels: int) -> np.ndarray | None:
     """An ordinary JPEG, uint8 `[H, W, 1 or 3]`; None for all else, which PIL reads or refuses."""
-    if simplejpeg is None or data[:2] != b"\xff\xd8":
+    if simplejpeg is None:
         return None
-    head = data[:65536]
-    if b"Exif\0\0" in head or b"tiff:Orientation" in head:
+    found = _jpeg_header(data)
+    if found is None or found[0] * found[1] > _MOST_PIXELS:
         return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in ("Gray", "YCbCr", "RGB") or int(height) * int(width) > _MOST_PIXELS:
-            return None
-        return simplejpeg.decode_jpeg(data, "GRAY" if colours == "Gray" and channels == 1 else "RGB")
+        return simplejpeg.decode_jpeg(data, "GRAY" if found[2] == 1 and channels == 1 else "RGB")
     except ValueError:
         return None
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
+    """Height, width and components of a JPEG of 1 or 3 components that need not be turned; None for all else."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    at, end, found = 2, len(data) - 10, None
+    while at < end and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xE1:  # EXIF or XMP
+            return None
+        if marker == 0xDA:  # the pixels
+            return found
+        if marker in (0xC0, 0xC1, 0xC2):
+            found = _FRAME.unpack_from(data, at + 5)
+            if found[2] not in (1, 3):
+                return None
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
 
 
 @contextmanager

@@ -6,9 +6,11 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -19,11 +21,12 @@ from diffx.utils import DiffxError
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Type and shape of each tensor of a batch."""
 
-_Places = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
+_Places = dict[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]]
 _AHEAD = 2  # batches that each worker reads ahead
 BLOCKS = _AHEAD + 2
-"""Blocks of shared memory per worker, each the size of a batch of one rank."""
-_NUMBER = 8  # a block begins with the number of its batch
+"""Blocks of shared memory that a worker needs, each the size of a batch of one rank."""
+_MOST_BLOCKS = 32  # more than that are not kept: somebody collects batches
+_BUSY = 1  # where the header of a block says that it is in use
 _ALIGNED = 64
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -31,9 +34,9 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 class StreamLoader(DataLoader[Batch]):
     """Hands on the batches that a stream gives for ranges of sample numbers, in their order.
 
-    A worker writes its batches in turn to a few blocks of memory that it shares with this process, where they are
-    copied out: fresh shared memory for each batch, as torch has it, costs more than decoding small images does. What
-    goes wrong in a worker is raised here as the one sentence that it is.
+    A worker writes its batches to blocks of memory that it shares with this process, and takes a block again when
+    nothing here refers to its batch any more: fresh shared memory for each batch, as torch has it, costs more than
+    decoding small images does. What goes wrong in a worker is raised here as the one sentence that it is.
 
     Arguments:
         stream: gives a batch for a range of sample numbers, by `__getitems__`.
@@ -98,7 +101,7 @@ def new_batch(layout: Layout) -> Batch:
     Arguments:
         layout: type and shape of each.
     """
-    size, places = _arranged(layout)
+    places, size = _arranged(layout)
     worker = get_worker_info()
     if worker is not None and isinstance(worker.dataset, _Reporting):
         return _fields(worker.dataset.next_block(size), places)
@@ -110,15 +113,17 @@ class _Parcel(NamedTuple):
 
     Arguments:
         worker: which worker.
-        number: how many it sent before.
-        block: the memory that holds the batch, if this process does not know it yet.
-        size: the bytes of it that matter.
-        layout: type, shape and first byte of each tensor.
+        block: which of its blocks; -1 for one that is used this once.
+        memory: the block, if this process does not know it yet.
+        number: how many parcels the worker sent before.
+        size: the bytes of the block that matter.
+        layout: type, shape, strides and first byte of each tensor.
     """
 
     worker: int
+    block: int
+    memory: Tensor | None
     number: int
-    block: Tensor | None
     size: int
     layout: _Places
 
@@ -128,8 +133,9 @@ class _Reporting(Dataset[Any]):
 
     def __init__(self, stream: Dataset[Batch]) -> None:
         self.stream = stream
-        self._blocks: list[Tensor | None] = [None] * BLOCKS
+        self._blocks: list[Tensor] = []
         self._unknown: set[int] = set()
+        self._next = -1, torch.empty(0, dtype=torch.uint8)
         self._number = 0
 
     def __getitems__(self, samples: Sequence[int]) -> Batch | _Parcel | DiffxError:
@@ -144,58 +150,98 @@ class _Reporting(Dataset[Any]):
 
     def next_block(self, size: int) -> Tensor:
         """The memory for the next batch, uint8, of at least this size."""
-        k = self._number % BLOCKS
-        block = self._blocks[k]
-        if block is None or len(block) < size:
-            storage: Any = torch.UntypedStorage._new_shared(size)
-            block = torch.empty(0, dtype=torch.uint8)
-            block.set_(storage, 0, (size,))  # pyright: ignore[reportCallIssue]
-            self._blocks[k] = block
-            self._unknown.add(k)
+        free = next((k for k, block in enumerate(self._blocks) if not _header(block)[_BUSY]), -1)
+        if free >= 0 and len(self._blocks[free]) >= size:
+            block = self._blocks[free]
+        else:
+            block = _shared(size)
+            if free < 0 and len(self._blocks) < _MOST_BLOCKS:
+                free = len(self._blocks)
+                self._blocks.append(block)
+            if free >= 0:
+                self._blocks[free] = block
+                self._unknown.add(free)
+        self._next = free, block
         return block
 
     def _parcel(self, batch: Batch, worker: int) -> _Parcel:
-        size, places = _arranged({name: (value.dtype, tuple(value.shape)) for name, value in batch.items()})
-        k = self._number % BLOCKS
-        block = self._blocks[k]
-        if block is None or any(value.untyped_storage().data_ptr() != block.data_ptr() for value in batch.values()):
+        k, block = self._next
+        if all(value.untyped_storage().data_ptr() == block.data_ptr() for value in batch.values()):
+            places = {name: _place(value) for name, value in batch.items()}
+        else:
+            places, size = _arranged({name: (value.dtype, tuple(value.shape)) for name, value in batch.items()})
             block = self.next_block(size)
             for name, field in _fields(block, places).items():
                 field.copy_(batch[name])
-        block[:_NUMBER].view(torch.int64).fill_(self._number)
-        parcel = _Parcel(worker, self._number, block if k in self._unknown else None, size, places)
+            k = self._next[0]
+        _header(block)[:] = self._number, True
+        known = k >= 0 and k not in self._unknown
         self._unknown.discard(k)
+        self._next = -1, torch.empty(0, dtype=torch.uint8)
         self._number += 1
-        return parcel
+        return _Parcel(worker, k, None if known else block, self._number - 1, _end(places), places)
 
 
 def _opened(parcel: _Parcel, blocks: dict[tuple[int, int], Tensor], pin_memory: bool) -> Batch:
-    """The batch of a parcel, in memory of its own."""
-    key = parcel.worker, parcel.number % BLOCKS
-    if parcel.block is not None:
-        blocks[key] = parcel.block
+    """The batch of a parcel: its block is free again when the last of its tensors is gone."""
+    key = parcel.worker, parcel.block
+    if parcel.memory is not None:
+        blocks[key] = parcel.memory
     block = blocks[key]
-    own = torch.empty(parcel.size, dtype=torch.uint8, pin_memory=pin_memory)
-    own.copy_(block[: parcel.size])
-    # by the order of its work a worker cannot have come round to this block again; if it has, nobody may go on
-    if int(block[:_NUMBER].view(torch.int64)) != parcel.number:
-        raise RuntimeError("a batch was overwritten before it was read")
+    header = _header(block)
+    if header.tolist() != [parcel.number, True]:
+        raise RuntimeError("a block was taken again before its batch was read")
+    if pin_memory:
+        own = torch.empty(parcel.size, dtype=torch.uint8, pin_memory=True).copy_(block[: parcel.size])
+        header[_BUSY] = False
+    else:
+        view = block.numpy()[: parcel.size]
+        own = torch.frombuffer(view, dtype=torch.uint8)  # refers to the view as long as any part of it is in use
+        weakref.finalize(view, header.__setitem__, _BUSY, False).atexit = False
     return _fields(own, parcel.layout)
 
 
-def _arranged(layout: Layout) -> tuple[int, _Places]:
-    """The bytes that a batch takes behind a header, and where each tensor begins."""
+def _shared(size: int) -> Tensor:
+    """A block that processes share, of no batch yet."""
+    storage: Any = torch.UntypedStorage._new_shared(size)
+    block = torch.empty(0, dtype=torch.uint8)
+    block.set_(storage, 0, (size,))  # pyright: ignore[reportCallIssue]
+    _header(block)[:] = 0
+    return block
+
+
+def _header(block: Tensor) -> np.ndarray:
+    """The number of the batch in a block, and whether it is in use, int64 `[2]`."""
+    return block[: 2 * 8].numpy().view(np.int64)
+
+
+def _arranged(layout: Layout) -> tuple[_Places, int]:
+    """Type, shape, strides and first byte of each tensor, one behind the other after a header, and the bytes of all."""
     places, end = {}, _ALIGNED
     for name, (dtype, shape) in layout.items():
-        places[name] = dtype, shape, end
+        strides = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
+        places[name] = dtype, shape, strides, end
         end += -(-math.prod(shape) * dtype.itemsize // _ALIGNED) * _ALIGNED
-    return end, places
+    return places, end
+
+
+def _place(value: Tensor) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]:
+    return value.dtype, tuple(value.shape), value.stride(), int(value.storage_offset()) * value.dtype.itemsize
+
+
+def _end(places: _Places) -> int:
+    return max(start + _span(shape, strides) * dtype.itemsize for dtype, shape, strides, start in places.values())
+
+
+def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """How many elements lie between the first and the last of a tensor, both counted."""
+    return 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if math.prod(shape) else 0
 
 
 def _fields(block: Tensor, places: _Places) -> Batch:
     return {
-        name: block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-        for name, (dtype, shape, start) in places.items()
+        name: block[start : start + _span(shape, strides) * dtype.itemsize].view(dtype).as_strided(shape, strides)
+        for name, (dtype, shape, strides, start) in places.items()
     }
 
 

@@ -13,7 +13,8 @@ class Work:
     Arguments:
         steps: optimizer steps.
         checkpoints: how often one is written.
-        samples: images to sample, by the name of the point in `evaluation.interim`; "" for the run's own settings.
+        samples: images to sample, by the name of the point in `evaluation.interim` or `evaluation.final`; "" for the
+            run's own settings.
         measured: images that go through the extractor.
     """
 
@@ -82,11 +83,16 @@ def remaining(config: dict[str, Any], step: int, grid: int, compared: int) -> Wo
     looks = max(0, (last - 1) // every - step // every) if every else 0  # at the end there is the final evaluation
     samples = {"": looks * (grid + interim) + grid + final}
     samples |= dict.fromkeys(settings["interim_points"], looks * interim)
+    measured = looks * interim * len(samples) + (final + compared if final else 0)
+    for name, point in settings.get("final_points", {}).items() if final else ():
+        wanted = point.get("evaluation", settings)["num_samples"]
+        samples[name] = samples.get(name, 0) + wanted
+        measured += wanted
     return Work(
         steps=max(0, last - step),
         checkpoints=-(-last // saving) - step // saving if step < last else 0,
         samples=samples,
-        measured=looks * interim * len(samples) + (final + compared if final else 0),
+        measured=measured,
     )
 
 

@@ -9,7 +9,17 @@ import hashlib
 import json
 from typing import Any
 
-HOW = {"trainer", "launcher", "logger", "runs_dir", "checkpoint", "log_every_n_steps", "progress_bar"}
+HOW = {
+    "choices",
+    "trainer",
+    "launcher",
+    "sweeper",
+    "logger",
+    "runs_dir",
+    "checkpoint",
+    "log_every_n_steps",
+    "progress_bar",
+}
 """Top-level keys that say how a run is executed."""
 
 INFERENCE = {

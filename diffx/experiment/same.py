@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from diffx.experiment.run import Run
 
-TIMES = {"images_per_second", "eval/seconds", "data_wait"}
+TIMES = {"images_per_second", "eval/seconds", "data_wait", "device_seconds", "energy_kwh"}
 """Columns of `metrics.csv` that are times."""
 
 

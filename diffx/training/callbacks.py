@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,10 @@ class ProgressBar(L.Callback):
             self._bar = None
 
 
+Report = Callable[[int, Mapping[str, float]], bool]
+"""Is told a step and its metrics, and says whether to stop there."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One way to sample the model while it trains.
@@ -134,6 +138,10 @@ class EvaluateEMA(L.Callback):
         console: where to print.
         best: keeps the best weights; None for not.
         asked: the signals that ask to stop, so that a long evaluation is no longer than the grace time.
+        report: called with the step and the metrics of the first point; if it returns True, training stops there.
+
+    Attributes:
+        pruned: whether `report` has stopped the training.
     """
 
     def __init__(
@@ -147,6 +155,7 @@ class EvaluateEMA(L.Callback):
         console: Console,
         best: BestWeights | None = None,
         asked: StopSignal | None = None,
+        report: Report | None = None,
     ) -> None:
         self.every_n_steps = every_n_steps
         self.points = points
@@ -157,6 +166,8 @@ class EvaluateEMA(L.Callback):
         self.console = console
         self.best = best
         self.asked = StopSignal() if asked is None else asked
+        self.report = report
+        self.pruned = False
         self._evaluated = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,6 +195,7 @@ class EvaluateEMA(L.Callback):
         if not due or self._evaluated >= step:
             return
         assert isinstance(module, DiffusionModule)
+        started = time.perf_counter()
         try:
             self.evaluate(trainer, module)
         except Interrupted:
@@ -192,6 +204,10 @@ class EvaluateEMA(L.Callback):
             self.asked.number = self.asked.number or signal.SIGTERM  # on the ranks that were not asked
         else:
             self._evaluated = step
+            trainer.should_stop = trainer.should_stop or self.pruned
+        for log in trainer.callbacks:
+            if isinstance(log, TrainingLog):
+                log.leave_out(time.perf_counter() - started)
 
     def evaluate(self, trainer: L.Trainer, module: DiffusionModule) -> None:
         """Evaluates now; all ranks call it.
@@ -225,6 +241,8 @@ class EvaluateEMA(L.Callback):
             lines.append("  ".join([point.name or "EMA", *(str(value) for value in values.values())]))
             if point is self.points[0] and self.best is not None:
                 self._keep_best(values, averages[point.weights], step, trainer.is_global_zero)
+            if point is self.points[0] and self.report is not None:
+                self.pruned = self.report(step, {name: value.value for name, value in values.items()})
         if not row:
             return
         row["eval/seconds"] = time.perf_counter() - started

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from diffx.data import StreamLoader
+from diffx.training.energy import EnergyMeter
+from diffx.training.flops import training_flops
 from diffx.training.module import DiffusionModule
 
 LOGSNR_EDGES = (-8.0, -4.0, 0.0, 4.0, 8.0)
@@ -21,18 +23,31 @@ class TrainingLog(L.Callback):
 
     Sums stay on the device: a step costs two small operations and no synchronisation.
 
+    Beside the loss stand the costs so far, without evaluations: images, floating point operations, device-seconds and,
+    where the driver tells, energy.
+
     Arguments:
         every_n_steps: length of the window.
+        max_device_seconds: training stops at the end of the window in which so many device-seconds are spent.
     """
 
-    def __init__(self, every_n_steps: int) -> None:
+    def __init__(self, every_n_steps: int, max_device_seconds: float | None = None) -> None:
         self.every_n_steps = every_n_steps
+        self.max_device_seconds = max_device_seconds
+        self.device_seconds = 0.0
+        self.joules = 0.0
+        self.flops_per_image: float | None = None
         self.sums = torch.zeros(len(LOGSNR_EDGES) + 1, 2)
         self.terms: dict[str, Tensor] = {}
         self.latest: dict[str, float] = {}
         self._edges = torch.tensor(LOGSNR_EDGES)
         self._clock = (0.0, 0)
         self._waited = (0.0, 0)
+        self._meter = EnergyMeter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Tells of time in this window that was not spent on training."""
+        self._clock = (self._clock[0] + seconds, self._clock[1])
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the open window of all ranks, so that a resumed run logs what the uninterrupted one logs."""
@@ -40,12 +55,19 @@ class TrainingLog(L.Callback):
         checkpoint["training_log_terms"] = {
             name: _over_ranks(trainer, value.clone()).cpu() for name, value in self.terms.items()
         }
+        open_window = (time.perf_counter() - self._clock[0]) * trainer.world_size
+        checkpoint["training_log_costs"] = {
+            "device_seconds": self.device_seconds + open_window,
+            "joules": self.joules,
+        }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restores the open window, on one rank: they will be added up again."""
         self.sums = checkpoint["training_log"] * trainer.is_global_zero
         saved = checkpoint["training_log_terms"]
         self.terms = {name: value * trainer.is_global_zero for name, value in saved.items()}
+        costs = checkpoint["training_log_costs"]
+        self.device_seconds, self.joules = costs["device_seconds"], costs["joules"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Moves the sums to the device and starts the clock."""
@@ -53,6 +75,16 @@ class TrainingLog(L.Callback):
         self.sums, self._edges = self.sums.to(device), self._edges.to(device)
         self.terms = {name: value.to(device) for name, value in self.terms.items()}
         self._clock = (time.perf_counter(), trainer.global_step)
+        self._meter = EnergyMeter(device)
+        self._stop_if_spent(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the operations, once."""
+        if self.flops_per_image is None:
+            assert isinstance(pl_module, DiffusionModule)
+            self.flops_per_image = training_flops(pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -74,9 +106,11 @@ class TrainingLog(L.Callback):
         total, count = sums.sum(0).tolist()
         now, step = time.perf_counter(), trainer.global_step
         elapsed, steps = now - self._clock[0], step - self._clock[1]
+        images = step * module.batch_size
         self.latest = {
             "loss": total / count if count else math.nan,
-            "images": step * module.batch_size,
+            "images": images,
+            **self._costs(trainer, images, elapsed),
             "images_per_second": steps * module.batch_size / elapsed if elapsed > 0 else math.nan,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             **{
@@ -93,6 +127,20 @@ class TrainingLog(L.Callback):
         self.terms = {}
         for logger in trainer.loggers:
             logger.log_metrics(self.latest, step=step)
+        self._stop_if_spent(trainer)
+
+    def _costs(self, trainer: L.Trainer, images: int, elapsed: float) -> dict[str, float]:
+        """What training has cost so far, on all ranks."""
+        spent = _over_ranks(trainer, torch.tensor([elapsed, self._meter.joules()], device=self.sums.device)).tolist()
+        self.device_seconds += spent[0]
+        self.joules += spent[1]
+        costs = {"device_seconds": self.device_seconds, "flops": (self.flops_per_image or math.nan) * images}
+        return costs | ({"energy_kwh": self.joules / 3.6e6} if self._meter.tells else {})
+
+    def _stop_if_spent(self, trainer: L.Trainer) -> None:
+        # all ranks have the same sum
+        if self.max_device_seconds is not None and self.device_seconds >= self.max_device_seconds:
+            trainer.should_stop = True
 
     def _reading(self, trainer: L.Trainer, elapsed: float) -> dict[str, float]:
         """The share of the window's time spent waiting for data, and the samples that had to be replaced."""

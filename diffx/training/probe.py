@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffx.generate import Generator
 from diffx.metrics.extractors import Extractor, extract
@@ -107,26 +106,6 @@ def probe_training(
     return TrainingSpeed(step, max(clock.first - began - step, 0.0), written - clock.ended, memory())
 
 
-def training_flops(module: DiffusionModule, batch: dict[str, Tensor]) -> float:
-    """Floating point operations per image of a training step, forward and backward.
-
-    A multiplication and its addition are two. Counted are matrix products, convolutions and attention, of a network
-    that has not been compiled.
-
-    Arguments:
-        module: what is trained; its gradients are cleared.
-        batch: a training batch, of which two images are taken.
-    """
-    few = {name: value[:2].to(module.device) for name, value in batch.items()}
-    counter = FlopCounterMode(display=False)
-    # its hooks, which would tell the modules apart, do not survive the derivative of a learned schedule
-    counter.mod_tracker = _OneModule()  # pyright: ignore[reportAttributeAccessIssue]
-    with _undisturbed(), counter:
-        module.training_step(few, 0)["loss"].backward()
-    module.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / len(few["index"])
-
-
 @torch.no_grad()
 def probe_sampling(generator: Generator, batch_size: int, device: torch.device, *, seconds: float) -> SamplingSpeed:
     """Takes steps of a sampler for a while.
@@ -169,18 +148,6 @@ def probe_extraction(extractor: Extractor, images: Tensor, device: torch.device,
     each = _seconds(lambda: extract(extractor, some), device) / len(some)
     more = images[: max(1, min(len(images), int(seconds / each)))]
     return min(each, _seconds(lambda: extract(extractor, more), device) / len(more))
-
-
-class _OneModule:
-    """Takes all modules for one."""
-
-    parents: ClassVar[set[str]] = {"Global"}
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: object) -> None:
-        pass
 
 
 class _StepClock(L.Callback):

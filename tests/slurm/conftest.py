@@ -98,6 +98,10 @@ class Login:
                 raise AssertionError("\n".join([f"not within {seconds} s: {what}", self("squeue", "-a"), *logs]))
             time.sleep(0.3)
 
+    def job(self, number):
+        """What SLURM says of a job, on one line."""
+        return self("scontrol", "-o", "show", "job", number)
+
     def finished(self):
         return all(state(run) == "finished" for run in self.runs())
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY, events, state, step
 
-TIMES = {"images_per_second", "eval/seconds", "data_wait"}
+TIMES = {"images_per_second", "eval/seconds", "data_wait", "device_seconds"}
 
 
 def checkpoint(run):
@@ -71,7 +71,10 @@ def test_every_arm_of_a_sweep_finishes_once_whatever_happens(login, cluster, tmp
     login.wait(lambda: all(events(run, "stopped") for run in there), "the arms on node1 preempted")
     # one job is cancelled by its user, by SLURM's own command
     victim = there[0]
-    login("scancel", events(victim, "submitted")[0]["job"])
+    job = events(victim, "submitted")[0]["job"]
+    # until it is back in the queue, SLURM answers that it has ended already
+    login.wait(lambda: re.search("JobState=(PENDING|RUNNING).*Restarts=1", login.job(job)), "the victim requeued")
+    login("scancel", job)
     # the other node is lost
     elsewhere = [run for run in runs if run not in there and state(run) != "finished"]
     assert elsewhere
@@ -176,14 +179,14 @@ def test_a_queued_job_does_not_see_later_edits(login):
 
 
 def test_a_job_near_its_time_limit_saves_and_goes_on(login):
-    # SLURM looks at limits every half minute, and a minute is the shortest
+    # SLURM looks at limits every half minute, and the signal must not come before the first step
     login.submit(
         "training.max_steps=100000",
         "evaluation.every_n_steps=0",
-        launcher=["launcher.time=1", "launcher.signal=USR1@30"],
+        launcher=["launcher.time=2", "launcher.signal=USR1@30"],
     )
     (run,) = login.runs()
-    login.wait(lambda: events(run, "stopped"), "the signal before the limit", 180)
+    login.wait(lambda: events(run, "stopped"), "the signal before the limit", 300)
     # SLURM may be late with the first, and then it is the one at the limit
     assert events(run, "stopped")[0]["signal"] in ("SIGUSR1", "SIGTERM")
     login.wait(lambda: len(events(run, "started")) > 1, "the second start", 120)
@@ -207,10 +210,11 @@ def test_the_templates_run_as_they_are(login, template):
         job = login("sbatch", *options, "--array=1-2%2", "slurm/array.sbatch", "arms.txt").strip()
     else:
         job = login("sbatch", *options, "slurm/one_gpu.sbatch", *arm).strip()
-    login.wait(lambda: login.runs() and all(step(run) >= 40 for run in login.runs()), "training")
-    login("scancel", "-s", "USR1", job)
     count = 2 if template == "array" else 1
-    login.wait(lambda: sum(bool(events(run, "finished")) for run in login.runs()) == count, "all finished")
+    login.wait(lambda: [step(run) >= 40 for run in login.runs()] == [True] * count, "training")
+    login("scancel", "-s", "USR1", job)
+    login.wait(lambda: [state(run) == "finished" for run in login.runs()] == [True] * count, "all finished")
+    login.wait(login.idle, "an empty queue")
     for run in login.runs():
         assert [row["event"] for row in events(run)] == ["started", "stopped", "requeued", "started", "finished"]
 

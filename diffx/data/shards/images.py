@@ -33,7 +33,7 @@ class ShardImages(Images):
     def get(self, indices: Tensor) -> Batch:
         """Images by position; see `Images.get`."""
         batch = self.reader.read(self.reader.selection.rows(indices), self.size)
-        return {name: batch[name] for name in ("x", "label")}
+        return {"x": batch["x"].contiguous(), "label": batch["label"]}
 
     def fingerprint(self) -> str:
         """The hash of the shards' names, sizes and times of change, of the choice of samples, and of their reading."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffx.data.base import Batch
-from diffx.data.decode import Crop, decode_image
+from diffx.data.decode import Crop, decode_into, reverse_rows
 from diffx.data.loader import Layout, new_batch
 from diffx.data.shards.fields import field_of, look_up, parse_json
 from diffx.data.shards.files import OpenShards
@@ -76,16 +76,15 @@ class ShardReader:
             mirrored: which images are mirrored left to right, bool `[b]`; none by default.
 
         Returns:
-            `x` uint8 `[b, C, H, W]`, `label` int64 `[b]`, `index` int64 `[b]`, to be filled by the caller, `replaced`
-            bool `[b]`, and, where there are captions, `text` uint8 `[b, L]` (UTF-8, zeros behind it) and `text_length`
-            int64 `[b]`.
+            `x` uint8 `[b, C, H, W]` (where files are decoded, with the colours of a pixel side by side in memory, as
+            decoders have them), `label` int64 `[b]`, `index` int64 `[b]`, to be filled by the caller, `replaced` bool
+            `[b]`, where any sample was, and, where there are captions, `text` uint8 `[b, L]` (UTF-8, zeros behind it)
+            and `text_length` int64 `[b]`.
 
         Raises:
             DiffxError: if a sample is unreadable and may not be replaced, too many are, or a shard is missing.
         """
-        batch = new_batch(self._layout(len(rows), size))
-        final = rows.clone()
-        batch["replaced"].zero_()
+        batch = self._new_batch(len(rows), size)
         self.asked += len(rows)
         if self.table.raw:
             failed = self._read_arrays(batch["x"], rows, mirrored)
@@ -93,22 +92,30 @@ class ShardReader:
             failed = self._read_files(batch["x"], rows, size, crops, mirrored)
         if self.decoding.text is not None:
             failed |= self._read_texts(batch, rows)
+        final = rows
+        if failed:
+            final = rows.clone()
+            batch["replaced"] = torch.zeros(len(rows), dtype=torch.bool)
+            batch["replaced"][list(failed)] = True
         for k, error in failed.items():
             crop, mirror = crops and crops[k : k + 1], None if mirrored is None else mirrored[k : k + 1]
             final[k] = self._replace(batch, k, int(rows[k]), error, size, crop, mirror)
         batch["label"].copy_(self.table.columns["label"][final])
         return batch
 
-    def _layout(self, n: int, size: tuple[int, int]) -> Layout:
+    def _new_batch(self, n: int, size: tuple[int, int]) -> Batch:
+        channels, raw = self.decoding.channels, self.table.raw
         layout: Layout = {
-            "x": (torch.uint8, (n, self.decoding.channels, *size)),
+            "x": (torch.uint8, (n, channels, *size) if raw else (n, *size, channels)),
             "label": (torch.int64, (n,)),
             "index": (torch.int64, (n,)),
-            "replaced": (torch.bool, (n,)),
         }
         if self.decoding.text is not None:
             layout |= {"text": (torch.uint8, (n, self.decoding.text_bytes)), "text_length": (torch.int64, (n,))}
-        return layout
+        batch = new_batch(layout)
+        if not raw:
+            batch["x"] = batch["x"].permute(0, 3, 1, 2)
+        return batch
 
     # ---- the parts of a batch: each returns what is wrong with which sample ----
 
@@ -120,7 +127,7 @@ class ShardReader:
         crops: Sequence[Crop] | None,
         mirrored: Tensor | None,
     ) -> dict[int, DiffxError]:
-        pixels, columns, decoding, failed = x.numpy(), self.table.columns, self.decoding, {}
+        pixels, columns, failed = x.permute(0, 2, 3, 1).numpy(), self.table.columns, {}
         flips = mirrored.tolist() if mirrored is not None else [False] * len(rows)
         places = self._places(rows, columns["offset"], columns["size"])
         raw = columns["raw"][rows].tolist() if columns["raw"].any() else [False] * len(rows)
@@ -129,13 +136,11 @@ class ShardReader:
             try:
                 data = self._bytes(file, offset, length, row)
                 if raw[k]:
-                    image = (
-                        torch.frombuffer(bytearray(data), dtype=torch.uint8).view(x.shape[1:]).permute(1, 2, 0).numpy()
-                    )
+                    image = np.frombuffer(data, np.uint8).reshape(x.shape[1:]).transpose(1, 2, 0)
+                    pixels[k] = image[:, ::-1] if flips[k] else image
                 else:
                     crop = crops[k] if crops is not None else None
-                    image = decode_image(data, _Name(self, row), decoding.channels, size, decoding.upscale, crop)
-                pixels[k] = (image[:, ::-1] if flips[k] else image).transpose(2, 0, 1)
+                    decode_into(pixels[k], data, _Name(self, row), self.decoding.upscale, crop, flips[k])
             except DiffxError as error:
                 failed[k] = error
         return failed
@@ -149,7 +154,11 @@ class ShardReader:
         together = b"".join([maps[shard][start : start + length] for shard, start in zip(shards, starts, strict=True)])
         pixels.reshape(-1)[:] = np.frombuffer(together, np.uint8)
         if mirrored is not None:
-            _mirror(pixels, mirrored.numpy())
+            chosen = mirrored.numpy()
+            plain = pixels[chosen]
+            turned = np.empty_like(plain)
+            reverse_rows(plain, turned)
+            pixels[chosen] = turned
         return {}
 
     def _read_texts(self, batch: Batch, rows: Tensor) -> dict[int, DiffxError]:
@@ -214,7 +223,6 @@ class ShardReader:
                 f"data.max_skipped={self.decoding.most_replaced}; the last was: {error}"
             ) from error
         warnings.warn(f"sample replaced: {error}", stacklevel=2)
-        batch["replaced"][k] = True
         one = {name: value[k : k + 1] for name, value in batch.items()}
         for _ in range(_TRIES):
             row = self.selection.after(row, int(self.table.shard_of(torch.tensor([row]))))
@@ -250,14 +258,6 @@ class _Name:
 
     def __str__(self) -> str:
         return self.reader.name(self.row)
-
-
-def _mirror(pixels: np.ndarray, chosen: np.ndarray) -> None:
-    if pixels.shape[-1] % 8:
-        pixels[chosen] = pixels[chosen][..., ::-1]
-    else:  # eight pixels at a time: the words in reverse order, and the bytes in each
-        words = pixels.view(np.uint64)
-        words[chosen] = words[chosen][..., ::-1].byteswap()
 
 
 def _shortened(data: bytes, length: int) -> bytes:

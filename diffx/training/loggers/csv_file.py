@@ -1,16 +1,14 @@
-"""Loggers: CSV always, Weights & Biases by choice."""
+"""The training log as a CSV file."""
 
 import csv
 import io
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image
 
 from diffx.utils import patiently, write_text
 
@@ -97,64 +95,3 @@ class CSVLogger(Logger):
 def _kind(row: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
     """The step of a row, and what it tells."""
     return str(row["step"]), frozenset(name for name, value in row.items() if value not in ("", None))
-
-
-def wandb_logger(
-    directory: Path,
-    run_id: str,
-    group: str,
-    name: str,
-    config: dict[str, Any],
-    project: str = "diffx",
-    entity: str | None = None,
-    tags: list[str] | None = None,
-) -> WandbLogger:
-    """Weights & Biases, with an id that survives a requeue; offline where there is no key, instead of asking for one.
-
-    Arguments:
-        directory: where W&B writes.
-        run_id: the run's id: the fingerprint of the experiment and its seed.
-        group: the experiment without the seed.
-        name: the run's name.
-        config: the frozen config.
-        project: the project.
-        entity: the team or user; the account's default if None.
-        tags: tags.
-    """
-    import wandb  # slow to import
-
-    if "WANDB_MODE" not in os.environ and not has_key():
-        os.environ["WANDB_MODE"] = "offline"
-    os.environ.setdefault("WANDB_SILENT", "true")
-    directory.mkdir(parents=True, exist_ok=True)
-    # the arm before in a sweep: Lightning would go on in its run
-    wandb.finish()
-    return WandbLogger(
-        name=name,
-        save_dir=directory,
-        project=project,
-        entity=entity,
-        id=run_id,
-        group=group,
-        tags=tags,
-        config=config,
-        resume="allow",
-        offline=os.environ.get("WANDB_MODE") == "offline",
-        log_model=False,
-    )
-
-
-def log_image(loggers: list[Logger], key: str, path: Path, step: int) -> None:
-    """Gives a picture to the loggers that take pictures."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            with Image.open(path) as image:
-                logger.log_image(key=key, images=[image.copy()], step=step)
-
-
-def has_key() -> bool:
-    """Whether W&B can log in without asking: by its environment variable or `~/.netrc`."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
