@@ -278,6 +278,15 @@ def test_a_stopped_run_is_requeued(job, slurm):
     assert "requeue 42" in calls(slurm, "scontrol")
 
 
+def test_an_element_of_an_array_requeues_itself_alone(job, slurm, monkeypatch):
+    # the last element has the array's own number, by which scontrol would requeue all of them
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "42")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    state = {"state": "interrupted", "step": 5, "signal": int(signal.SIGUSR1)}
+    assert job(state=state, step=5, code=138) == 138
+    assert "requeue 42_3" in calls(slurm, "scontrol") and "requeue 42" not in calls(slurm, "scontrol")
+
+
 @pytest.mark.parametrize(
     ("said", "requeued"),
     [

@@ -113,9 +113,10 @@ def _task(config: dict[str, Any], overrides: list[str]) -> int:
     code = train(config, overrides)
     # submitit would take a run that has stopped and saved for one that is done
     if code >= 128 and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        from diffx.launch.ledger import job_id
         from diffx.launch.scheduler import requeue
 
-        requeue(os.environ["SLURM_JOB_ID"])
+        requeue(job_id())
     return code
 
 

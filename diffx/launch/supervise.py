@@ -93,8 +93,8 @@ def step_of(run: Run) -> int:
 
 
 def _requeue(ledger: Ledger, why: str) -> None:
-    job = os.environ["SLURM_JOB_ID"]
-    if not requeue(job):
+    # by its number in the array: SLURM_JOB_ID of one of the elements means all of them
+    if not requeue(job_id()):
         print(
             f"job {job_id()} {why}, and is not requeued; the same command, or diffx jobs --resubmit, resumes",
             flush=True,
