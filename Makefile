@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slurm lint bench clean
+.PHONY: help install demo test test-slurm lint notebooks bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -41,6 +41,9 @@ TEST_WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 test-slurm: $(STAMP) ## bring up a real SLURM on this machine (Debian, root) and test launching and preemption on it
 	@test "$$(id -u)" = 0 && test -e /etc/debian_version && $(BIN)/python tests/slurm/cluster.py install || true
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
+
+notebooks: $(STAMP) ## run the notebooks and write them with their pictures into docs/notebooks (minutes)
+	$(BIN)/python docs/render.py
 
 bench: $(STAMP) ## measure the training step and the sampler step against a bare loop and diffusers
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py

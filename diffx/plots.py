@@ -1,5 +1,7 @@
 """Plots for the eye and for a paper: a metric over something, with its uncertainty; pictures in a row."""
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from PIL import Image
 
 from diffx.utils import atomic_path
@@ -85,12 +88,13 @@ GREY = "#7f7f7f"
 COLORS: tuple[str, ...] = tuple(str(color) for color in TABLEAU_COLORS.values() if color != GREY)
 
 
-def plot_chart(chart: Chart, path: Path) -> None:
+def plot_chart(chart: Chart, path: Path, letters: bool = False) -> None:
     """Draws a chart.
 
     Arguments:
         chart: what is drawn.
         path: the file, .png, .pdf or .svg.
+        letters: whether letters of an .svg stay letters, in the reader's fonts, which makes it several times smaller.
     """
     many = len(chart.lines) > 6
     height = max(2.4, 0.34 * len(chart.yticks) + 1.2) if chart.yticks else 3.8
@@ -100,10 +104,12 @@ def plot_chart(chart: Chart, path: Path) -> None:
         _draw(axes, line, chart)
     if chart.mark is not None:
         (axes.axvline if chart.yticks else axes.axhline)(chart.mark, color="0.5", linewidth=0.8, linestyle=":")
-    if chart.log_x:
-        axes.set_xscale("log")
-    if chart.log_y:
-        axes.set_yscale("log")
+    for log, axis, scale in ((chart.log_x, axes.xaxis, axes.set_xscale), (chart.log_y, axes.yaxis, axes.set_yscale)):
+        if log:
+            scale("log")
+            ticks = log_ticks([v for line in chart.lines for v in (line.x if axis is axes.xaxis else line.y)])
+            axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.set_minor_locator(NullLocator())
     if chart.xticks:
         turned = {"rotation": 25, "ha": "right"} if max(map(len, chart.xticks)) > 60 // len(chart.xticks) else {}
         axes.set_xticks(range(len(chart.xticks)), list(chart.xticks), **turned)
@@ -119,7 +125,23 @@ def plot_chart(chart: Chart, path: Path) -> None:
     if len(named) > 1 and not chart.yticks:
         beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
         axes.legend(frameon=False, fontsize="small", **beside)
-    _save(figure, path)
+    with rc_context({"svg.fonttype": "none" if letters else "path"}):
+        _save(figure, path)
+
+
+def log_ticks(values: Sequence[float]) -> list[float]:
+    """Where a logarithmic axis has ticks: at few different values there, else at 1, 2 and 5 times powers of ten.
+
+    Arguments:
+        values: what is drawn, positive.
+    """
+    distinct = sorted(set(values))
+    if len(distinct) <= 6 and all(b > 1.25 * a for a, b in itertools.pairwise(distinct)):
+        return distinct
+    low, high = distinct[0] / 1.1, distinct[-1] * 1.1
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
+    return [digit * 10.0**power for power in powers for digit in digits if low <= digit * 10.0**power <= high]
 
 
 def look(style: int | None) -> tuple[str, str, str]:

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
 import zipfile
@@ -730,102 +729,6 @@ def test_csv_resumed_beyond_its_last_row_is_unchanged(tmp_path):
     assert file.read_text() == text
     logger.log_metrics({"loss": 2.0}, step=8)
     assert file.read_text() == text + "8,2.0\n"
-
-
-# ---- Weights & Biases ----
-
-
-def wandb_records(file):
-    """The records of a .wandb file: LevelDB's log format in blocks of 32 KiB behind a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, whole = file.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
-        whole += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # full, last
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""
-
-
-@pytest.fixture
-def _no_account(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    # so that what is set in the test does not outlive it
-    for name in ("WANDB_MODE", "WANDB_SILENT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
-    monkeypatch.setattr("builtins.input", _never)
-    yield
-    import wandb
-
-    wandb.finish()
-
-
-def _never(*args):
-    raise AssertionError("a question was asked")
-
-
-@pytest.mark.usefixtures("_no_account")
-def test_wandb_without_a_key_writes_offline(tmp_path):
-    import wandb
-
-    overrides = ["logger=wandb", "training.max_steps=4", "evaluation.every_n_steps=2"]
-    ids = {}
-    for seed in (0, 1):  # two arms of a sweep in one process
-        _, _, run = trained(tmp_path, *overrides, f"seed={seed}", action=signal_at(signal.SIGTERM, 2))
-        assert run.state == "interrupted"
-        _, _, run = trained(tmp_path, *overrides, f"seed={seed}")
-        ids[seed] = run
-    wandb.finish()
-    for seed, run in ids.items():
-        folders = sorted((run.path / "wandb" / "wandb").glob("offline-run-*"))
-        assert len(folders) == 2
-        digest = run.path.parent.name.rpartition("-")[2]
-        assert all(f"-{digest}-seed{seed}" in folder.name for folder in folders)
-        records = [r for folder in folders for file in folder.glob("*.wandb") for r in wandb_records(file)]
-        started = [r.run for r in records if r.HasField("run")]
-        assert {r.run_id for r in started} == {f"{digest}-seed{seed}"} and {r.run_group for r in started} == {digest}
-        config = {item.key: json.loads(item.value_json) for r in started for item in r.config.update}
-        assert config["schedule"] == run.config()["schedule"] and config["seed"] == seed
-        logged = defaultdict(dict)
-        for record in records:
-            if record.HasField("history"):
-                row = {
-                    item.nested_key[0] if item.nested_key else item.key: item.value_json for item in record.history.item
-                }
-                logged[int(row["trainer/global_step"])] |= row
-        for row in metrics_of(run):
-            assert float(logged[int(row["step"])]["loss"]) == pytest.approx(float(row["loss"]))
-        assert "samples" in logged[2] and "samples" in logged[4]
-        assert list((run.path / "wandb").rglob("media/images/samples*.png"))
-
-
-def test_wandb_ids_survive_a_requeue(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr("diffx.training.loggers.wandb_logger", lambda **settings: seen.append(settings) or _Silent())
-    for overrides in (["logger=wandb"], ["logger=wandb", "trainer=auto", "sampler=heun"], ["logger=wandb", "seed=3"]):
-        trained(tmp_path, *overrides, "trainer.accelerator=cpu", "training.max_steps=1")
-    first, second, third = (settings["run_id"] for settings in seen)
-    assert first == second and first.endswith("-seed0") and third == first.replace("-seed0", "-seed3")
-
-
-class _Silent(CSVLogger):
-    def __init__(self):
-        super().__init__(Path(os.devnull))
-
-    def log_metrics(self, metrics, step=None):
-        pass
 
 
 # ---- two processes ----

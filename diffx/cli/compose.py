@@ -168,7 +168,7 @@ def explain(error: Exception, overrides: list[str], name: str, config_dirs: list
 
 
 def _unknown_key(key: str, name: str, known: dict[str, list[str]], overrides: list[str]) -> str:
-    keys = [*known]
+    keys = [*known] if name == "train" else []
     chosen = [override for override in overrides if override.partition("=")[0] in known]
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -179,7 +179,8 @@ def _unknown_key(key: str, name: str, known: dict[str, list[str]], overrides: li
     siblings = [k for k in keys if k.rpartition(".")[0] == head and k != key] if head else []
     hint = nearest(key, keys)
     remedy = f"; {head} has {', '.join(k.rpartition('.')[2] for k in siblings)}" if siblings and not hint else ""
-    return f"there is no key '{key}'{hint}{remedy or '; diffx train --cfg prints all keys'}"
+    where = "diffx train --cfg prints all keys" if name == "train" else "--help lists them"
+    return f"there is no key '{key}'{hint}{remedy or f'; {where}'}"
 
 
 def _keys(config: Any, prefix: str = "") -> list[str]:

@@ -20,7 +20,7 @@ from diffx.cli.measure import Stopped, cell, evaluate, nfe_of, table
 from diffx.cli.sample import announce, device_of
 from diffx.cli.trained import Task, tasks
 from diffx.denoisers import Denoiser
-from diffx.evaluation import Evaluation, Evaluator
+from diffx.evaluation import RULER, Evaluation, Evaluator
 from diffx.experiment import Run
 from diffx.metrics import paired
 from diffx.training.processes import process_group
@@ -160,26 +160,13 @@ def summary(done: list[tuple[Task, Evaluation]]) -> Table:
     return shown
 
 
-_RULER = (
-    "extractor",
-    "weights_hash",
-    "preprocessing",
-    "quantization",
-    "reference",
-    "metrics",
-    "num_samples",
-    "sample_seed",
-)
-"""What measures, of a protocol; the rest is what is measured. Values by different rulers are not compared."""
-
-
 def _verdict(evaluation: Evaluation, leading: str | None, best: Evaluation) -> str:
     value = evaluation.values.get(leading or "")
     if value is None:
         return ""
     if evaluation is best:
         return "best"
-    if any(evaluation.protocol[key] != best.protocol[key] for key in _RULER):
+    if any(evaluation.protocol[key] != best.protocol[key] for key in RULER):
         return "measured otherwise: not comparable"
     try:
         effect = paired(value, best.values[leading or ""])

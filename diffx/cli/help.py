@@ -11,6 +11,8 @@ COMMANDS = {
     "parts": "describe every schedule, weighting, sampler, … with formula, source and defaults",
     "sample": "sample a trained run with any sampler, steps, guidance, labels and seed",
     "evaluate": "measure trained runs, or images: FID, IS, KID and their kin, with uncertainty and protocol",
+    "compare": "put trained arms into a table: means over seeds, paired differences, verdicts, costs",
+    "report": "write one page that answers the question of a sweep: table, plots, samples, provenance",
     "reference": "compute the statistics that samples are compared with, for nodes without the data or the network",
     "data": "pack images into shards, look at them, encode them into latents",
     "wandb": "upload to Weights & Biases what was written offline; a workspace there for a sweep",
@@ -24,7 +26,9 @@ TRAIN = """\
 diffx train: train one arm, or with -m every arm of a sweep.
 
 usage: diffx train [KEY=VALUE …] [GROUP=CHOICE …]
-       diffx train -m GROUP=CHOICE,CHOICE …          every combination, one after the other
+       diffx train -m GROUP=CHOICE,CHOICE …          every combination, all of the first seed first
+       diffx train -m hydra/launcher=joblib …        several at once: one on each GPU, without GPUs one on each core
+       diffx train -m hydra/sweeper=optuna …         search: every trial a run, poor ones are stopped early
        diffx train --cfg [KEY=VALUE …]               print the composed config and stop
        diffx train --config-dir DIR …                find your own YAML files beside the shipped ones
 
@@ -36,6 +40,8 @@ examples:
   diffx train                                                  the demo: digits, minutes on a CPU
   diffx train schedule=cosine parameterization=v seed=1
   diffx train -m schedule=linear,cosine parameterization=eps,x0,v seed=0,1,2
+  diffx train -m hydra/launcher=joblib hydra.launcher.n_jobs=2 schedule=linear,cosine seed=0,1
+  diffx train -m hydra/sweeper=optuna 'optimizer.lr=tag(log,interval(1e-4,1e-2))' schedule=linear,cosine
   diffx train data=folder data.root=~/photos data.image_size=64 backbone=unet_28 extractor=none
   diffx train training.max_steps=200000 trainer=gpu trainer.devices=8 logger=wandb
   diffx train schedule._target_=mypkg.MySchedule               a class of your own
@@ -356,6 +362,63 @@ examples:
   diffx wandb workspace runs/digits out=workspace.json
 """
 
+COMPARE = """\
+diffx compare: many runs as one table, with intervals and verdicts.
+
+usage: diffx compare FOLDER … [--metric NAME] [--by KEY,KEY] [--baseline ARM] [--pivot] [KEY=VALUE,VALUE …]
+
+  FOLDER …           folders of runs, or run directories; by default runs
+  --metric NAME      what is compared, as fd_digits; several with commas; by default the first of fid and fd_*
+  --by KEYS          what tells rows apart, of arms (schedule, optimizer.lr) and of sampling (sampler, sampler.steps);
+                     by default all that differs. Where it names arms only, each run's own way of sampling counts
+  --baseline ARM     what the others are compared with, as schedule=cosine; keys left out are each row's own, so that
+                     linear is compared with cosine at the same parameterization. By default the first row's arm
+  --pivot            two axes: the first downwards, the second across
+  --best-seed        the best seed of each row too, labelled so
+  --allow-mismatch   show what was measured otherwise (extractor, reference, number of samples …), marked, no verdict
+  --format FORMAT    terminal, markdown, latex (booktabs) or csv (all numbers, unrounded)
+  --out FILE         a file; .md, .tex, .csv and .txt say the format
+  KEY=VALUE          only these runs or evaluations, as schedule=cosine, seed=0,1, sampler.steps=20
+
+Intervals are 95 %: Student's t over training seeds. Differences are of runs of the same seed, which share initial
+weights, data and noise (paired t). With one seed both are over its samples (jackknife), and the table says so. Verdicts
+are at the 5 % level after Holm's correction for all differences in the table. Unfinished, damaged, copied and diverged
+runs are named below the table and left out; evaluations of earlier steps never count.
+
+examples:
+  diffx compare runs/ablation --metric fd_digits --by schedule,parameterization
+  diffx compare runs/ablation --by schedule,parameterization --pivot --out table.tex
+  diffx compare runs/ablation --baseline schedule=cosine,parameterization=v sampler.steps=20
+  diffx compare runs/digits --by sampler,sampler.steps --metric fd_digits,is_digits
+"""
+
+REPORT = """\
+diffx report: one HTML page that answers the question of a sweep. It opens from its file without a network.
+
+usage: diffx report FOLDER … [--metric NAME] [--by AXIS,AXIS] [--baseline ARM] [--out FILE.html] [KEY=VALUE,VALUE …]
+
+  FOLDER …          folders of runs, or run directories; by default runs
+  --metric NAME     what arms are compared by; by default the first of fid and fd_*
+  --by AXES         what tells rows apart; by default all that differs between arms, each sampled as its config says
+  --baseline ARM    what the others are held against, as schedule=linear,parameterization=eps
+  --out FILE        the page; report.html by default
+  --figures FOLDER  where the plots go as PDF and SVG; <out>_figures by default
+  --allow-mismatch  show values that were measured otherwise than most, marked and without a verdict
+  --title TEXT      instead of the experiment's name
+  --question TEXT   instead of the question that follows from the axes
+  KEY=VALUE         only these runs or evaluations, as schedule=cosine, seed=0,1, sampler.steps=20
+
+The page holds the verdicts and the table of the comparison, sample grids of every arm at the same noise, learning
+curves over steps, images, FLOPs or device-hours, the loss by noise level, the metric against NFE and cost, main effects
+and interactions of the axes, what was run on which machine with which code, and the command that repeats each number.
+The same runs give the same bytes. What is missing or broken is said in the page; the rest is shown.
+
+examples:
+  diffx report runs/ablation
+  diffx report runs/ablation --metric fd_digits --by schedule,parameterization --out report.html
+  diffx evaluate -m run='runs/ablation/*/seed*' sampler.steps=5,10,20      then the page has plots over NFE
+"""
+
 _TEXTS = {
     "train": TRAIN,
     "plan": PLAN,
@@ -365,6 +428,8 @@ _TEXTS = {
     "parts": PARTS,
     "sample": SAMPLE,
     "evaluate": EVALUATE,
+    "compare": COMPARE,
+    "report": REPORT,
     "reference": REFERENCE,
     "fit-extractor": FIT_EXTRACTOR,
     "fit-classifier": FIT_CLASSIFIER,
@@ -409,6 +474,8 @@ def command_help(name: str) -> str:
         "parts": list(groups()),
         "sample": ["sampler", "discretization", "guidance", "thresholding", "schedule"],
         "evaluate": ["metrics", "extractor", "sampler", "discretization", "guidance", "thresholding", "schedule"],
+        "compare": [],
+        "report": ["metrics", "sampler"],
         "reference": ["data", "extractor"],
         "fit-extractor": ["data"],
         "learn-times": ["sampler", "guidance", "thresholding", "schedule"],
@@ -418,7 +485,7 @@ def command_help(name: str) -> str:
         "data pack": ["data"],
         "data inspect": [],
         "data encode": ["data", "autoencoder"],
-        "wandb": [],
+        "wandb": ["logger"],
     }[name]
     if not shown:
         return text

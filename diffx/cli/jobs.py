@@ -115,8 +115,8 @@ def _name_of(
     run: Run, status: dict[str, Any], events: list[dict[str, Any]], job: str, slurm: Job | None
 ) -> tuple[str, str]:
     said = status.get("state", "waiting")
-    if said == "finished":
-        return "finished", ""
+    if said in ("finished", "pruned"):
+        return said, ""
     if slurm is not None and slurm.live:
         if slurm.state != "RUNNING":
             return "queued", slurm.reason
@@ -189,7 +189,7 @@ def _resubmit(found: Sequence[State], settings: list[str]) -> int:
 
     arms = []
     for state in found:
-        if state.name == "finished" or state.live:
+        if state.name in ("finished", "pruned") or state.live:
             continue
         config = state.run.config()
         if "nodes" not in config.get("launcher", {}):

@@ -320,7 +320,8 @@ def table(study: "Study") -> Table:
         value = "" if trial.value is None else f"{trial.value:.4g}"
         if trial.state.name == "PRUNED" and trial.last_step is not None:
             value += f" at step {trial.last_step}"
-        cells = [str(trial.number), trial.state.name.lower(), value, *(_cell(trial.params.get(name)) for name in names)]
+        state = {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
+        cells = [str(trial.number), state, value, *(_cell(trial.params.get(name)) for name in names)]
         shown.add_row(*cells, style="bold green" if trial.number == best else "")
     return shown
 

@@ -6,15 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
-
 from diffx.cli.build import Arm, make
 from diffx.evaluation import Evaluation
 from diffx.experiment import Run, fingerprint, identity
 from diffx.training.loggers import About, CSVLogger, Tracked, trackers
 
 
-def loggers_of(arm: Arm, run: Run, step: int) -> list[Logger]:
+def loggers_of(arm: Arm, run: Run, step: int) -> list[CSVLogger | Tracked]:
     """The CSV, and the trackers that `logger=` names.
 
     Arguments:
@@ -48,7 +46,7 @@ def about_of(config: dict[str, Any], run: Run, step: int, facts: dict[str, float
     )
 
 
-def log_evaluation(loggers: Iterable[Logger], name: str, evaluation: Evaluation, step: int) -> None:
+def log_evaluation(loggers: Iterable[CSVLogger | Tracked], name: str, evaluation: Evaluation, step: int) -> None:
     """Values to all loggers, the table with errors and protocol to the trackers."""
     loggers = list(loggers)
     row = {f"{name}/{metric}": value.value for metric, value in evaluation.values.items()}
@@ -58,7 +56,7 @@ def log_evaluation(loggers: Iterable[Logger], name: str, evaluation: Evaluation,
         tracked.log_evaluation(name, evaluation, step)
 
 
-def log_weights(loggers: Iterable[Logger], run: Run, step: int) -> None:
+def log_weights(loggers: Iterable[CSVLogger | Tracked], run: Run, step: int) -> None:
     """The inference weights, the newest checkpoint and the config, to the trackers that keep them."""
     checkpoint, _ = run.newest_checkpoint()
     files = [*sorted(run.weights.parent.glob("*.safetensors")), run.config_file, *([checkpoint] if checkpoint else [])]

@@ -16,7 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
+from diffx.metrics.values import BLOCKS
+
 Interval = tuple[float, float]
+
+Cell = tuple[tuple[str, ...], tuple[str, ...]]
+"""A combination: its levels of the axes asked for, and `axis=level` of all others."""
+
+_IMAGES = float(stdtrit(BLOCKS - 1, 0.975))
+"""Quantile of the jackknife's standard errors."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Effects:
             first axis makes at a level of the second, minus the difference that it makes at the reference level.
         reference: the reference levels.
         combinations: over how many combinations of the other axes each mean goes.
-        omitted: how many combinations of the other axes are left out since some level lacks them.
+        omitted: how many combinations of the other axes are left out since some level lacks them, or a seed of theirs.
     """
 
     axes: tuple[str, ...]
@@ -102,6 +110,7 @@ def effects(
     kept = [rest for rest in others if all((pair, rest) in cells for pair in pairs)]
     if not kept or min(map(len, levels)) < 2:
         return None
+    kept = _equally_seeded(cells, pairs, kept)
     used = {key: cell for key, cell in cells.items() if key[1] in kept}
     seeds = sorted(set.intersection(*(set(cell) for cell in used.values())))
     first = tuple((reference or {}).get(axis, found[0]) for axis, found in zip(axes, levels, strict=True))
@@ -114,6 +123,15 @@ def effects(
     means = [estimate(pair, {pair: 1.0}) for pair in pairs]
     contrasts = [estimate(pair, _contrast(pair, start)) for pair in pairs if _differs(pair, start)]
     return Effects(tuple(axes), means, contrasts, start, len(kept), len(others) - len(kept))
+
+
+def _equally_seeded(
+    cells: Mapping[Cell, Mapping[int, Observation]], pairs: Sequence[tuple[str, ...]], rests: list[tuple[str, ...]]
+) -> list[tuple[str, ...]]:
+    """The combinations that have the seeds that most have: one lost run is not to cost all others their intervals."""
+    found = [frozenset(cells[pair, rest]) for pair in pairs for rest in rests]
+    usual = max(found, key=lambda seeds: (found.count(seeds), len(seeds), sorted(seeds)))
+    return [rest for rest in rests if all(usual <= set(cells[pair, rest]) for pair in pairs)] or rests
 
 
 def _differs(pair: tuple[str, ...], start: tuple[str, ...]) -> bool:
@@ -136,9 +154,6 @@ def _levels(observations: Sequence[Observation], axis: str) -> list[str]:
         return sorted(found, key=float)
     except ValueError:
         return sorted(found)
-
-
-Cell = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def _cells(observations: Sequence[Observation], axes: Sequence[str]) -> dict[Cell, dict[int, Observation]]:
@@ -167,5 +182,5 @@ def _estimate(
         value += weight * sum(run.value for run in runs) / len(runs)
         for run in runs:
             variance += (weight / len(runs)) ** 2 * (math.nan if run.stderr is None else run.stderr**2)
-    half = 1.96 * math.sqrt(variance) if math.isfinite(variance) else None
+    half = _IMAGES * math.sqrt(variance) if math.isfinite(variance) else None
     return Estimate(names, value, None if half is None else (value - half, value + half), len(seeds))

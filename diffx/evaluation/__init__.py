@@ -2,6 +2,6 @@
 
 from diffx.evaluation.bits import bits_per_dim
 from diffx.evaluation.evaluator import Evaluator, Interrupted, Measured, in_batches
-from diffx.evaluation.record import Evaluation
+from diffx.evaluation.record import RULER, Evaluation
 
-__all__ = ["Evaluation", "Evaluator", "Interrupted", "Measured", "bits_per_dim", "in_batches"]
+__all__ = ["RULER", "Evaluation", "Evaluator", "Interrupted", "Measured", "bits_per_dim", "in_batches"]

@@ -12,6 +12,18 @@ from typing import Any
 from diffx.metrics import Value
 from diffx.utils import DiffxError, write_text
 
+RULER = (
+    "extractor",
+    "weights_hash",
+    "preprocessing",
+    "quantization",
+    "reference",
+    "metrics",
+    "num_samples",
+    "sample_seed",
+)
+"""What measures, of a protocol; the rest is what is measured. Values by different rulers are not compared."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -37,6 +49,12 @@ class Evaluation:
     command: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def nfe(self) -> float | None:
+        """Denoiser calls per sample: those that the settings say, or those counted of an adaptive sampler."""
+        counted = self.values.get("nfe")
+        return self.protocol.get("nfe") or (counted and counted.value)
+
     def save(self, path: Path) -> None:
         """Writes one JSON file, whole or not at all."""
         write_text(path, json.dumps(asdict(self), indent=1, default=str) + "\n")
@@ -51,7 +69,10 @@ class Evaluation:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             values = {name: _value(value) for name, value in content.pop("values").items()}
-            return cls(values=values, **content)
+            found = cls(values=values, **content)
+            if not all(isinstance(part, dict) for part in (found.protocol, found.settings, found.environment)):
+                raise TypeError("its protocol, settings or environment is no table")
+            return found
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DiffxError(f"the evaluation '{path}' is damaged ({error}); delete it and evaluate again") from error
 
@@ -59,4 +80,6 @@ class Evaluation:
 def _value(content: dict[str, Any]) -> Value:
     # JSON knows lists only
     plain: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in content.items()}
+    if not isinstance(plain["value"], int | float):
+        raise TypeError(f"the value of {plain['name']} is no number")
     return Value(**plain)

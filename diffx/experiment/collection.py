@@ -1,8 +1,9 @@
 """Many runs as tables: what differs between them, what was measured, how they learned."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from diffx.evaluation import Evaluation
 from diffx.experiment.identity import INFERENCE, fingerprint, identity
 from diffx.experiment.run import Run, find_runs
-from diffx.utils import DiffxError
+from diffx.utils import DiffxError, nearest
 
 Config = dict[str, Any]
 
@@ -80,15 +81,23 @@ def read_runs(*roots: str | Path) -> "Collection":
     Raises:
         DiffxError: if a folder does not exist, or there is no run below any.
     """
-    runs = find_runs(*roots)
+    # a folder and one inside it hold the same runs
+    runs = list({run.path.resolve(): run for run in find_runs(*roots)}.values())
     if not runs:
         raise DiffxError(f"there is no run below {' or '.join(map(repr, map(str, roots)))}; diffx train makes them")
     members, problems, known = [], [], {}
     for run in runs:
         try:
             config = _config(run, known)
-            members.append(Member(run, config, fingerprint(identity(config)), run.status()))
-        except (DiffxError, KeyError, TypeError, AttributeError, OSError) as error:
+            # what everything below reads of it
+            lacking = [key for key in ("name", "seed", "schedule", "data") if key not in config]
+            if lacking:
+                raise DiffxError(f"its config.yaml lacks {', '.join(lacking)}")
+            status = run.status()
+            if not isinstance(status, dict):
+                raise DiffxError("its status.json is damaged; delete it, and diffx train writes it again")
+            members.append(Member(run, config, fingerprint(identity(config)), status))
+        except (DiffxError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             reason = error if isinstance(error, DiffxError) else f"its config.yaml lacks something ({error!r})"
             problems.append(f"{run.path} is left out: {reason}")
             continue
@@ -124,16 +133,19 @@ class Collection:
         """
         arms = {member.arm: member for member in self.members}
         found = _differing(
-            [_flat(_told(member.config)) for member in arms.values()],
+            [flat(_told(member.config)) for member in arms.values()],
             [_choices(member.config, member.config.get("choices", {})) for member in arms.values()],
         )
+        names = [str(member.config["name"]) for member in arms.values()]
+        if len(set(names)) > 1:
+            found = {"experiment": names, **found}
         return {key: dict(zip(arms, values, strict=True)) for key, values in found.items()}
 
     @cached_property
     def points(self) -> dict[str, list[Any]]:
         """What differs in how was sampled, between all evaluations: values in the order of `measurements`."""
         found = [measurement for _, measurement in self.measurements]
-        return _differing([_flat(m.settings) for m in found], [_choices(m.settings, m.choices) for m in found])
+        return _differing([flat(m.settings) for m in found], [_choices(m.settings, m.choices) for m in found])
 
     @cached_property
     def measurements(self) -> list[tuple[Member, Measurement]]:
@@ -167,7 +179,7 @@ class Collection:
         for k, (member, measurement) in enumerate(self.measurements):
             evaluation, protocol = measurement.evaluation, measurement.evaluation.protocol
             row = self._who(member) | {key: values[k] for key, values in self.points.items()}
-            row |= {key: protocol.get(key) for key in ("step", "nfe", "num_samples")}
+            row |= {"step": protocol.get("step"), "nfe": evaluation.nfe, "num_samples": protocol.get("num_samples")}
             row["protocol"] = evaluation.fingerprint
             for name, value in evaluation.values.items():
                 row |= {name: value.value} | ({} if value.stderr is None else {f"{name}_stderr": value.stderr})
@@ -185,6 +197,49 @@ class Collection:
                 continue
             tables.append(table.assign(**{key: _cell(value) for key, value in self._who(member).items()}))
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+    def keys(self, member: Member) -> Config:
+        """What a run is, by groups and dotted keys, with its seed and experiment."""
+        named = _choices(member.config, member.config.get("choices", {}))
+        kept = identity(member.config)
+        who = {"seed": member.seed, "experiment": member.config["name"]}
+        return flat(kept) | {key: choice for key, choice in named.items() if key in kept} | who
+
+    def where(self, wanted: Mapping[str, Sequence[str]]) -> "Collection":
+        """The runs and evaluations that have one of the values asked for of every key.
+
+        Arguments:
+            wanted: values as they are typed, by key: of a run (`schedule`, `schedule.s`, `seed`, `experiment`) or of an
+                evaluation (`sampler`, `sampler.steps`, `evaluation.num_samples`, `weights`).
+
+        Raises:
+            DiffxError: if no run has such a key, or none such a value.
+        """
+        members = self.members
+        for key, words in wanted.items():
+            seen: dict[str, None] = {}
+            kept = []
+            for member in members:
+                told = self.keys(member)
+                if key in told:
+                    seen[_word(told[key])] = None
+                    kept += [member] if _is_one_of(told[key], words) else []
+                    continue
+                found = []
+                for measurement in member.measurements:
+                    asked = _asked(measurement)
+                    if key in asked:
+                        seen[_word(asked[key])] = None
+                        found += [measurement] if _is_one_of(asked[key], words) else []
+                kept += [replace(member, measurements=found)] if found else []
+            if not seen:
+                known = dict.fromkeys(name for member in members for name in self.keys(member))
+                known |= dict.fromkeys(name for m in members for e in m.measurements for name in _asked(e))
+                raise DiffxError(f"there is no key '{key}' in these runs{nearest(key, known)}; select by one they have")
+            if not kept:
+                raise DiffxError(f"no run has {key}={','.join(words)}; there is {key}={','.join(sorted(seen))}")
+            members = kept
+        return Collection(members, self.problems)
 
     def _who(self, member: Member) -> dict[str, Any]:
         who = {"run": str(member.run.path), "experiment": member.config["name"], "arm": member.arm, "seed": member.seed}
@@ -222,6 +277,32 @@ def _measurement(file: Path, config: Config) -> Measurement:
     return Measurement(file, evaluation, settings, chosen)
 
 
+def _asked(measurement: Measurement) -> Config:
+    """What was asked of a trained model in an evaluation, by groups and dotted keys."""
+    settings = measurement.evaluation.settings
+    return flat(measurement.settings) | flat(settings) | _choices(measurement.settings, measurement.choices)
+
+
+def _word(value: Any) -> str:
+    """A value as it is typed."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_one_of(value: Any, words: Sequence[str]) -> bool:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return any(_number(word) == value for word in words)
+    return _word(value) in words
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        return math.nan
+
+
 def _told(config: Config) -> Config:
     """What an arm is, without what follows from the rest."""
     told = identity(config)
@@ -241,35 +322,35 @@ def _choices(config: Config, chosen: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _differing(flat: Sequence[Config], choices: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+def _differing(tables: Sequence[Config], choices: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """The keys whose values are not the same everywhere, with their values; None where there is no such key."""
     found: dict[str, list[Any]] = {}
     for key in dict.fromkeys(chain.from_iterable(choices)):
         values = [chosen.get(key) for chosen in choices]
         if any(value != values[0] for value in values):
             found[key] = values
-    for key in dict.fromkeys(chain.from_iterable(flat)):
+    for key in dict.fromkeys(chain.from_iterable(tables)):
         head = key.partition(".")[0]
         by_choice: dict[str, set[str]] = {}
-        for values, chosen in zip(flat, choices, strict=True):
+        for values, chosen in zip(tables, choices, strict=True):
             if key in values:
                 by_choice.setdefault(repr(chosen.get(head)), set()).add(repr(_plain(values[key])))
         # without a group, a key that is missing somewhere differs too
-        missing = head not in found and any(key not in values for values in flat)
+        missing = head not in found and any(key not in values for values in tables)
         if missing or any(len(values) > 1 for values in by_choice.values()):
-            found[key] = [values.get(key) for values in flat]
+            found[key] = [values.get(key) for values in tables]
     return found
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Config:
+def flat(config: Mapping[str, Any], prefix: str = "") -> Config:
     """Values by their dotted keys."""
-    flat: Config = {}
+    found: Config = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _plain(value: Any) -> Any:

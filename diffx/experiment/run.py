@@ -93,7 +93,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`absent`, `running`, `interrupted`, `failed` or `finished`, as last written by the run itself."""
+        """`absent`, `running`, `interrupted`, `failed`, `pruned` or `finished`, as last written by the run itself."""
         return self.status().get("state", "absent")
 
     def status(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Run:
         """The newest row of `metrics.csv`, without reading all of it; empty if there is none."""
         try:
             with (self.path / "metrics.csv").open("rb") as file:
-                columns = file.readline().decode().strip().split(",")
+                columns = file.readline().decode(errors="replace").strip().split(",")
                 file.seek(max(file.tell(), file.seek(0, os.SEEK_END) - 8192))
                 lines = file.read().decode(errors="replace").splitlines(keepends=True)
         except OSError:

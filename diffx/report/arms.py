@@ -1,9 +1,9 @@
 """The arms of a report: what they are called, what they look like in plots, which runs they have."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from diffx.compare.arms import text
 from diffx.experiment import Collection, Member
 
 
@@ -43,11 +43,11 @@ def arms_of(collection: Collection, by: Sequence[str]) -> list[Arm]:
     """
     groups: dict[tuple[str, ...], list[Member]] = {}
     for member in collection.members:
-        groups.setdefault(tuple(level(collection.axes[axis][member.arm]) for axis in by), []).append(member)
+        groups.setdefault(tuple(text(collection.axes[axis][member.arm]) for axis in by), []).append(member)
     ordered = sorted(groups.items(), key=lambda item: [_order(name) for name in item[0]])
     return [
         Arm(
-            _label(by, names),
+            label_of(dict(zip(by, names, strict=True))),
             dict(zip(by, names, strict=True)),
             sorted(members, key=lambda member: (member.seed, member.arm, str(member.run.path))),
             k,
@@ -56,18 +56,11 @@ def arms_of(collection: Collection, by: Sequence[str]) -> list[Arm]:
     ]
 
 
-def level(value: Any) -> str:
-    """A level as text."""
-    if value is None:
-        return "none"
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _label(by: Sequence[str], names: Sequence[str]) -> str:
-    """Names of choices speak for themselves; other values need their key."""
+def label_of(levels: Mapping[str, str]) -> str:
+    """A short name: names of choices speak for themselves, other values need their key."""
     words = [
         name if "." not in axis and not _is_number(name) else f"{axis.rpartition('.')[2]}={name}"
-        for axis, name in zip(by, names, strict=True)
+        for axis, name in levels.items()
     ]
     return ", ".join(words) or "the only arm"
 

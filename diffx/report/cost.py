@@ -6,17 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffx.compare.arms import text
+from diffx.compare.known import direction, ruler
 from diffx.experiment import Collection, Measurement, Member, fingerprint
 from diffx.plots import Chart, Line
-from diffx.report.arms import Arm, level
+from diffx.report.aim import aim
+from diffx.report.arms import Arm
 from diffx.report.numbers import count
 from diffx.report.plot import Control, Plot, decades
-
-_HOW_SAMPLED = {
-    "sampler", "discretization", "nfe", "guidance", "thresholding", "schedule", "sampling_precision", "times", "guide",
-    "step", "seed", "identity", "weights", "ema", "metrics",
-}  # fmt: skip
-"""What of a protocol may differ between the points of one plot: how was sampled, not how was measured."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def points(collection: Collection, arms: Sequence[Arm], metric: str) -> tuple[li
         The points, and a sentence for everything that is not among them.
     """
     found = [(k, *pair) for k, pair in enumerate(collection.measurements) if metric in pair[1].evaluation.values]
-    found, said = _comparable(found)
+    found, said = _comparable(found, metric)
     varying = [key for key in collection.points if not key.endswith(".steps")]
     spent = _spent(collection)
     points = []
@@ -84,7 +81,7 @@ def points(collection: Collection, arms: Sequence[Arm], metric: str) -> tuple[li
 
 
 def _comparable(
-    found: list[tuple[int, Member, Measurement]],
+    found: list[tuple[int, Member, Measurement]], metric: str
 ) -> tuple[list[tuple[int, Member, Measurement]], list[str]]:
     """The evaluations at the end of each run that were measured as most of them were."""
     said = []
@@ -93,7 +90,7 @@ def _comparable(
         step = measurement.evaluation.protocol.get("step") or 0
         newest[str(member.run.path)] = max(step, newest.get(str(member.run.path), 0))
     last = [f for f in found if (f[2].evaluation.protocol.get("step") or 0) == newest[str(f[1].run.path)]]
-    keys = Counter(_measured(measurement) for _, _, measurement in last)
+    keys = Counter(_measured(measurement, metric) for _, _, measurement in last)
     if len(keys) > 1:
         kept = min(keys, key=lambda key: (-keys[key], key))
         others = sum(n for key, n in keys.items() if key != kept)
@@ -101,13 +98,12 @@ def _comparable(
             f"{others} of {len(last)} evaluations were measured with another number of images, reference or extractor, "
             "and are not in this plot: such values cannot be compared."
         )
-        last = [f for f in last if _measured(f[2]) == kept]
+        last = [f for f in last if _measured(f[2], metric) == kept]
     return last, said
 
 
-def _measured(measurement: Measurement) -> str:
-    protocol = measurement.evaluation.protocol
-    return fingerprint({key: value for key, value in protocol.items() if key not in _HOW_SAMPLED})
+def _measured(measurement: Measurement, metric: str) -> str:
+    return fingerprint(ruler(measurement.evaluation.protocol, metric))
 
 
 def _nfe(measurement: Measurement) -> float:
@@ -119,7 +115,7 @@ def _nfe(measurement: Measurement) -> float:
 def _way(key: str, value: Any) -> str:
     if value is None:
         return ""
-    return f"{key.rpartition('.')[2]}={level(value)}" if "." in key else level(value)
+    return f"{key.rpartition('.')[2]}={text(value)}" if "." in key else text(value)
 
 
 def _spent(collection: Collection) -> dict[str, dict[str, float]]:
@@ -148,13 +144,12 @@ def _mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def pareto_plot(points: Sequence[Point], metric: str, lower_is_better: bool) -> Plot | None:
+def pareto_plot(points: Sequence[Point], metric: str) -> Plot | None:
     """The metric against each cost of which there is more than one, with the best values to be had for it.
 
     Arguments:
         points: what was measured.
         metric: its name.
-        lower_is_better: whether small values are good.
     """
     options = [option for option in _LABELS if len({point.costs.get(option) for point in points} - {None}) > 1]
     if not options or (options[0] != "NFE" and len(points) < 2):
@@ -164,15 +159,16 @@ def pareto_plot(points: Sequence[Point], metric: str, lower_is_better: bool) -> 
         known = [point for point in points if math.isfinite(point.costs.get(option, math.nan))]
         lines = [
             *_lines(known, option, joined=not option.startswith("training")),
-            _front(known, option, lower_is_better),
+            *_front(known, option, direction(metric)),
         ]
         log_y = decades([point.mean for point in known]) > 0.7
         log_x = decades([point.costs[option] for point in known]) > 0.3
         charts[(option,)] = Chart(lines, _LABELS[option], metric, log_x=log_x, log_y=log_y)
     several = any(len(point.values) > 1 for point in points)
     bars = "bars reach from the lowest seed to the highest" if several else "bars are one standard error of the images"
-    better = "lower" if lower_is_better else "higher"
-    caption = f"{metric}: {better} is better; {bars}; the dotted line is the best {metric} to be had up to that cost."
+    caption = f"{metric}: {aim(metric)}; {bars}."
+    if direction(metric):
+        caption += f" The dotted line is the best {metric} to be had up to that cost."
     if "sampling time" in options:
         caption += " Times are those of the machine that evaluated."
     return Plot("cost", f"{metric} against cost", caption, charts, (Control("cost", tuple(options)),))
@@ -205,17 +201,17 @@ def _bounds(point: Point) -> tuple[float | None, float | None]:
     return (None, None) if point.stderr is None else (point.mean - point.stderr, point.mean + point.stderr)
 
 
-def _front(points: Sequence[Point], option: str, lower_is_better: bool) -> Line:
-    """The best value up to each cost, as a staircase."""
+def _front(points: Sequence[Point], option: str, sign: int) -> list[Line]:
+    """The best value up to each cost, as a staircase; none where neither way is better."""
+    if not sign:
+        return []
     x: list[float] = []
     y: list[float] = []
-    for point in sorted(
-        points, key=lambda point: (point.costs[option], point.mean if lower_is_better else -point.mean)
-    ):
-        better = not y or (point.mean < y[-1] if lower_is_better else point.mean > y[-1])
+    for point in sorted(points, key=lambda point: (point.costs[option], -sign * point.mean)):
+        better = not y or sign * point.mean > sign * y[-1]
         if better and y:
             x, y = [*x, point.costs[option]], [*y, y[-1]]
         if better:
             x, y = [*x, point.costs[option]], [*y, point.mean]
     dearest = max(point.costs[option] for point in points)
-    return Line("best for the cost", [*x, dearest], [*y, y[-1]], style=None)
+    return [Line("best for the cost", [*x, dearest], [*y, y[-1]], style=None)]

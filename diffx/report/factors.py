@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from diffx.compare.factorial import Effects, Estimate, Observation, effects
 from diffx.plots import Chart, Line
+from diffx.report.aim import tone
 from diffx.report.numbers import count, interval, number
 from diffx.report.plot import Control, Plot
 
@@ -49,7 +50,6 @@ def factors(
     axes: Sequence[str],
     reference: Mapping[str, str],
     metric: str,
-    lower_is_better: bool,
 ) -> Factors:
     """Main effects of all axes and interactions of all pairs.
 
@@ -58,7 +58,6 @@ def factors(
         axes: the axes.
         reference: the level of each axis that others are held against.
         metric: its name.
-        lower_is_better: whether small values are good.
     """
     remarks: list[str] = []
     varied = [axis for axis in axes if len({run.levels[axis] for run in observations}) > 1]
@@ -70,6 +69,9 @@ def factors(
     for axis, found in single.items():
         if found is None:
             remarks.append(f"No combination of the other axes was measured at every level of {axis}: no main effect.")
+    lacking = [" × ".join(pair) for pair, found in pairs.items() if found is None]
+    if lacking:
+        remarks.append(f"Not every pair of levels was measured of {', '.join(lacking)}: no interaction is shown.")
     remarks += _remarks([found for found in (*single.values(), *pairs.values()) if found is not None])
     alone = {axis: found for axis, found in single.items() if found is not None}
     crossed = {pair: found for pair, found in pairs.items() if found is not None}
@@ -77,8 +79,8 @@ def factors(
     plots += [_interaction_plot(crossed, metric)] if crossed else []
     return Factors(
         plots,
-        [row for found in alone.values() for row in _rows(found, lower_is_better)],
-        [row for found in crossed.values() for row in _rows(found, lower_is_better)],
+        [row for found in alone.values() for row in _rows(found, metric)],
+        [row for found in crossed.values() for row in _rows(found, metric)],
         remarks,
     )
 
@@ -86,7 +88,9 @@ def factors(
 def _remarks(found: Sequence[Effects]) -> list[str]:
     remarks = []
     if any(effect.omitted for effect in found):
-        remarks.append("Some combinations are not measured; only those count that are there at every level compared.")
+        remarks.append(
+            "Some combinations lack runs; only those count that are there at every level compared, with the same seeds."
+        )
     estimates = [estimate for effect in found for estimate in effect.means]
     seeds = {estimate.seeds for estimate in estimates}
     if seeds and min(seeds) < 2:
@@ -124,7 +128,7 @@ def _interaction_plot(found: Mapping[tuple[str, ...], Effects], metric: str) -> 
         "Bars are 95 % intervals over seeds."
     )
     control = Control("axes", tuple(axes for (axes,) in charts))
-    return Plot("interactions", f"Interactions on {metric}", caption, charts, (control,))
+    return Plot("interactions", f"Interactions on {metric}", caption, charts, (control,), list(charts)[::2])
 
 
 def _names(means: Sequence[Estimate], axis: int) -> list[str]:
@@ -138,7 +142,7 @@ def _line(name: str, means: Sequence[Estimate], style: int) -> Line:
     return Line(name, list(range(len(means))), [mean.value for mean in means], low, high, style, notes=notes)
 
 
-def _rows(effect: Effects, lower_is_better: bool) -> list[EffectRow]:
+def _rows(effect: Effects, metric: str) -> list[EffectRow]:
     rows = []
     for contrast in effect.contrasts:
         if len(effect.axes) == 1:
@@ -153,15 +157,15 @@ def _rows(effect: Effects, lower_is_better: bool) -> list[EffectRow]:
                 what,
                 number(contrast.value, half),
                 interval(*contrast.interval) if contrast.interval is not None else "–",
-                _verdict(contrast, len(effect.axes) == 1, lower_is_better) if known else "no interval",
+                _verdict(contrast, len(effect.axes) == 1, metric) if known else "no interval",
             )
         )
     return rows
 
 
-def _verdict(contrast: Estimate, main: bool, lower_is_better: bool) -> str:
+def _verdict(contrast: Estimate, main: bool, metric: str) -> str:
     if not contrast.distinguishable:
         return "not distinguishable from 0"
     if not main:
         return "interaction"
-    return "better" if (contrast.value < 0) == lower_is_better else "worse"
+    return tone(metric, contrast.value)

@@ -31,7 +31,7 @@ def logs_of(history: pd.DataFrame) -> dict[str, Log]:
     if history.empty:
         return {}
     runs, logs = np.asarray(history["run"], dtype=str), {}
-    kept = ("step", "images", "flops", "device_seconds", "loss")
+    kept = ("step", "images", "flops", "device_seconds", "energy_kwh", "loss")
     names = [str(name) for name in history.columns if name in kept or str(name).startswith(("eval/", "loss/logsnr"))]
     columns = {name: np.asarray(pd.to_numeric(history[name], errors="coerce"), dtype=float) for name in names}
     for run in sorted(set(runs.tolist())):
@@ -67,20 +67,20 @@ def learning_curves(logs: Mapping[str, Log], arms: Sequence[Arm], metric: str) -
             lines = [line for arm in arms if (line := _curve(logs, arm, column, key, unit)) is not None]
             values = [y for line in lines for y in line.y]
             log = decades(values) > (0.7 if column == "loss" else 1.3)
-            charts[_name(column), option] = Chart(lines, label, _name(column), log_y=log, bands=True)
+            ylabel = "training loss" if column == "loss" else f"{_name(column)} during training"
+            charts[_name(column), option] = Chart(lines, label, ylabel, log_y=log, bands=True)
     controls = (Control("show", tuple(map(_name, columns))), Control("over", tuple(axis[0] for axis in axes)))
     several = any(len(arm.members) > 1 for arm in arms)
     caption = BAND if several else "One seed per arm: there is no band."
     if len(columns) > 1:
         caption += " Metrics during training are of fewer images than the final ones, which shifts some of them."
-    return Plot("learning", "Learning curves", caption, charts, controls)
+    paper = [(shown, axes[0][0]) for shown in controls[0].options[:2]]
+    return Plot("learning", "Learning curves", caption, charts, controls, paper)
 
 
 def _name(column: str) -> str:
-    if column == "loss":
-        return "training loss"
     *point, name = column.removeprefix("eval/").split("/")
-    return f"{name} during training" + (f" ({'/'.join(point)})" if point else "")
+    return name + (f" at {'/'.join(point)}" if point else "")
 
 
 def _axes(logs: Mapping[str, Log], written: Sequence[str]) -> list[tuple[str, str, float, str]]:
@@ -95,6 +95,8 @@ def _axes(logs: Mapping[str, Log], written: Sequence[str]) -> list[tuple[str, st
     if "device_seconds" in written:
         unit, word = _unit(5 * _largest(logs, "device_seconds"), ((3600.0, "device-hours"), (60.0, "device-minutes")))
         found.append(("device-hours", "device_seconds", unit, f"training time [{word or 'device-seconds'}]"))
+    if "energy_kwh" in written:
+        found.append(("energy", "energy_kwh", 1.0, "energy of training [kWh]"))
     return found
 
 
@@ -146,7 +148,7 @@ def noise_levels(logs: Mapping[str, Log], arms: Sequence[Arm]) -> Plot | None:
         return None
     chart = Chart(
         lines,
-        "logSNR of the noise level (noise on the left, clean on the right)",
+        "logSNR (from noise to clean image)",
         "training loss",
         log_y=decades([y for line in lines for y in line.y]) > 0.7,
         xticks=[_bin(name) for name in columns],

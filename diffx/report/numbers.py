@@ -14,7 +14,9 @@ def number(value: float | None, error: float | None = None, digits: int = 4) -> 
     if value is None or not math.isfinite(value):
         return "–"
     if error is not None and math.isfinite(error) and error > 0:
-        text = f"{value:,.{min(8, max(0, 1 - math.floor(math.log10(error))))}f}"
+        # not more than six significant ones, however small the error
+        most = 5 - math.floor(math.log10(abs(value))) if value else 8
+        text = f"{value:,.{max(0, min(most, 1 - math.floor(math.log10(error))))}f}"
     elif value == 0 or 1e-4 <= abs(value) < 1e6:
         text = f"{value:.{digits}g}" if abs(value) < 10 ** (digits - 1) else f"{value:,.0f}"
     else:

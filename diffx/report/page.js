@@ -48,8 +48,11 @@ if (slider) {
     slider.setAttribute("aria-valuetext", output.textContent);
     for (const figure of document.querySelectorAll(".gallery figure")) {
       const pictures = [...figure.querySelectorAll("img")];
-      for (const picture of pictures) picture.hidden = Number(picture.dataset.step) !== step;
-      figure.querySelector(".none").hidden = pictures.some((picture) => !picture.hidden);
+      const newest = pictures.findLast((picture) => Number(picture.dataset.step) <= step);
+      for (const picture of pictures) picture.hidden = picture !== newest;
+      const remark = figure.querySelector(".none");
+      remark.hidden = newest !== undefined && Number(newest.dataset.step) === step;
+      remark.textContent = newest ? `of step ${newest.dataset.step}: none is newer` : "no picture yet at this step";
     }
   };
   slider.addEventListener("input", show);
@@ -59,11 +62,14 @@ if (slider) {
 // ---- plots ----
 const plots = [];
 const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-function coloured(layout) {
+function coloured(layout, data, width) {
+  const names = data.filter((trace) => trace.showlegend).map((trace) => trace.name.length);
+  const columns = Math.max(1, Math.floor((width - 80) / (7 * Math.max(...names, 1) + 50)));
+  const rows = layout.showlegend ? Math.ceil(names.length / columns) : 0;
   const axis = { gridcolor: colour("--grid"), linecolor: colour("--line"), tickcolor: colour("--line") };
-  const legend = { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom" };
+  const legend = { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", maxheight: 0.9 };
   return {
-    ...layout, xaxis: { ...layout.xaxis, ...axis }, yaxis: { ...layout.yaxis, ...axis }, legend,
+    ...layout, height: layout.height + 20 * rows, xaxis: { ...layout.xaxis, ...axis }, yaxis: { ...layout.yaxis, ...axis }, legend,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--text"), size: 13 },
     margin: { l: 60, r: 16, t: 16, b: 50 }, hovermode: "closest", dragmode: "zoom",
     hoverlabel: { bgcolor: colour("--panel"), bordercolor: colour("--line"), font: { color: colour("--text") } },
@@ -76,11 +82,16 @@ function draw({ box, live, content }) {
     responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     toImageButtonOptions: { format: "svg", filename: content.key },
   };
-  Plotly.react(live, data, coloured(layout), options);
+  Plotly.react(live, data, coloured(layout, data, live.clientWidth), options);
 }
 function recolour() {
   plots.forEach(draw);
 }
+let width = innerWidth;
+addEventListener("resize", () => {
+  if (innerWidth !== width) recolour();  // the legend takes other lines
+  width = innerWidth;
+});
 async function start() {
   const packed = document.getElementById("plotly");
   if (!packed) return;

@@ -86,10 +86,10 @@ def gallery(arms: Sequence[Arm]) -> Gallery:
         )
     bare = [arm.label for arm in arms if all(arm is not other for other, _, _ in shown)]
     if bare:
-        remarks.append(f"No pictures of {listed(bare)}: {'its' if len(bare) == 1 else 'their'} runs have none yet.")
+        remarks.append(f"No pictures of {'; '.join(bare)}: {'its' if len(bare) == 1 else 'their'} runs have none yet.")
     others = [f"{arm.label} (seed {member.seed})" for arm, member, _ in shown if member.seed != favourite]
     if others:
-        remarks.append(f"All grids are of training seed {favourite}, except for those of {listed(others)}.")
+        remarks.append(f"All grids are of training seed {favourite}, except for those of {'; '.join(others)}.")
     elif shown:
         remarks.append(f"All grids are of training seed {favourite}.")
     noises = {member.config.get("evaluation", {}).get("seed") for _, member, _ in shown}

@@ -1,12 +1,11 @@
 """A plot of the page: one chart, or several between which the reader chooses."""
 
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffx.plots import Chart, Line, look, marked
+from diffx.plots import Chart, Line, log_ticks, look, marked
 from diffx.report.numbers import number, rounded
 
 
@@ -33,6 +32,7 @@ class Plot:
         caption: how to read it.
         charts: by the chosen option of each control.
         controls: what can be chosen.
+        paper: the charts that are files of their own; all by default.
     """
 
     key: str
@@ -40,6 +40,7 @@ class Plot:
     caption: str
     charts: dict[tuple[str, ...], Chart]
     controls: tuple[Control, ...] = field(default=())
+    paper: Sequence[tuple[str, ...]] = field(default=())
 
     @property
     def first(self) -> Chart:
@@ -98,10 +99,10 @@ def figure(chart: Chart) -> dict[str, Any]:
         named.add(line.name)
     sideways = bool(chart.yticks)
     layout: dict[str, Any] = {
-        "xaxis": _axis(chart.xlabel, chart.log_x, chart.xticks),
-        "yaxis": _axis(chart.ylabel, chart.log_y, chart.yticks),
+        "xaxis": _axis(chart.xlabel, chart.log_x, chart.xticks, [x for line in chart.lines for x in line.x]),
+        "yaxis": _axis(chart.ylabel, chart.log_y, chart.yticks, [y for line in chart.lines for y in line.y]),
         "showlegend": len(named - {""}) > 1 and not sideways,
-        "height": max(200, 34 * len(chart.yticks) + 90) if sideways else 420,
+        "height": max(200, 34 * len(chart.yticks) + 90) if sideways else 390,
     }
     if sideways:
         layout["yaxis"] |= {"range": [len(chart.yticks) - 0.5, -0.5]}
@@ -176,14 +177,14 @@ def _hover(line: Line, chart: Chart) -> str:
     return "<br>".join(part for part in said if part) + "<extra></extra>"
 
 
-def _axis(label: str, log: bool, ticks: Any) -> dict[str, Any]:
+def _axis(label: str, log: bool, names: Sequence[str], values: Sequence[float]) -> dict[str, Any]:
     axis: dict[str, Any] = {"title": {"text": label}, "automargin": True, "zeroline": False}
     if log:
-        # the digits 2 and 5 between the powers of ten, not each of them
-        axis |= {"type": "log", "dtick": "D2", "exponentformat": "power"}
-    if ticks:
-        axis |= {"tickvals": list(range(len(ticks))), "ticktext": [_wrapped(name) for name in ticks]}
-        axis |= {"range": [-0.5, len(ticks) - 0.5]}
+        ticks = log_ticks(values)
+        axis |= {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    if names:
+        axis |= {"tickvals": list(range(len(names))), "ticktext": [_wrapped(name) for name in names]}
+        axis |= {"range": [-0.5, len(names) - 0.5]}
     return axis
 
 
@@ -203,8 +204,3 @@ def decades(values: list[float]) -> float:
     if not values or min(values) <= 0:
         return 0.0
     return math.log10(max(values) / min(values))
-
-
-def choices(controls: tuple[Control, ...]) -> list[tuple[str, ...]]:
-    """All combinations of options."""
-    return list(itertools.product(*(control.options for control in controls)))

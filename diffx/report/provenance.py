@@ -1,19 +1,19 @@
 """What was run, on what, with which code, and how to run it again."""
 
 import json
+import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffx.compare.arms import text
 from diffx.experiment import Collection, Member, identity
-from diffx.report.arms import Arm, level
+from diffx.report.arms import Arm
 from diffx.report.numbers import count, number
 
 Rows = list[tuple[str, str]]
-
-_CODE = ("command", "time")
-"""What differs from launch to launch anyway."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,18 @@ class Repeat:
     command: str
 
 
-def run_rows(arms: Sequence[Arm]) -> list[RunRow]:
-    """All runs, arm by arm."""
+def root_of(collection: Collection) -> str:
+    """The folder that all runs lie in."""
+    return os.path.commonpath([member.run.path.parents[1] for member in collection.members])
+
+
+def run_rows(arms: Sequence[Arm], root: str) -> list[RunRow]:
+    """All runs, arm by arm.
+
+    Arguments:
+        arms: the arms.
+        root: the folder that their directories are named from.
+    """
     return [
         RunRow(
             arm,
@@ -69,7 +79,7 @@ def run_rows(arms: Sequence[Arm]) -> list[RunRow]:
             member.state,
             f"{member.status['step']:,}" if isinstance(member.status.get("step"), int) else "–",
             len(member.measurements),
-            str(member.run.path),
+            os.path.relpath(member.run.path, root),
             str(member.status.get("reason", "")) if member.state == "failed" else "",
         )
         for arm in arms
@@ -82,7 +92,8 @@ def shared_config(collection: Collection) -> Rows:
     configs = [_flat(identity(member.config)) for member in _one_per_arm(collection.members)]
     first = configs[0]
     missing = object()
-    same = [key for key in first if all(config.get(key, missing) == first[key] for config in configs)]
+    told = [key for key in first if not key.endswith("_partial_")]
+    same = [key for key in told if all(config.get(key, missing) == first[key] for config in configs)]
     return [(key, _text(first[key])) for key in same]
 
 
@@ -90,33 +101,36 @@ def _one_per_arm(members: Iterable[Member]) -> list[Member]:
     return list({member.arm: member for member in members}.values())
 
 
-def environments(collection: Collection) -> Rows:
-    """Versions, commits and machines of all trainings and evaluations; several values where they differ."""
-    found: dict[str, dict[str, int]] = {}
-    for member in collection.members:
-        for launch in _launches(member):
-            _note(found, "training", launch)
-        for measurement in member.measurements:
-            _note(found, "evaluation", measurement.evaluation.environment)
-    return [(key, _counted(values)) for key, values in found.items()]
+def environments(collection: Collection) -> list[tuple[str, str, str]]:
+    """Versions, commits and machines: what, of the trainings, of the evaluations; all values where they differ."""
+    launches = [_facts(launch) for member in collection.members for launch in _launches(member)]
+    measured = [_facts(m.evaluation.environment) for _, m in collection.measurements]
+    keys = dict.fromkeys(key for facts in (*measured, *launches) for key in facts)
+    return [(key, _all_of(launches, key), _all_of(measured, key)) for key in keys]
 
 
-def _counted(values: dict[str, int]) -> str:
+def _all_of(records: Sequence[dict[str, str]], key: str) -> str:
+    counts = Counter(record[key] for record in records if key in record)
+    return _counted(counts) if counts else "–"
+
+
+def _counted(values: Mapping[str, int]) -> str:
     if len(values) == 1:
         return next(iter(values))
     return "; ".join(f"{value} ({n}×)" for value, n in sorted(values.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _note(found: dict[str, dict[str, int]], phase: str, record: dict[str, Any]) -> None:
-    names = {"commit": "git commit", "dirty": "uncommitted changes", "host": "machine", "python": "Python"}
-    for key, value in record.items():
-        if key in _CODE:
-            continue
-        parts = value.items() if isinstance(value, dict) else [(names.get(key, key), value)]
-        for name, part in parts:
-            text = {True: "yes (diff.patch)", False: "none", "": "not in a repository"}.get(part, _text(part))
-            counts = found.setdefault(f"{name}, {phase}", {})
-            counts[text] = counts.get(text, 0) + 1
+def _facts(record: dict[str, Any]) -> dict[str, str]:
+    """What a launch or an evaluation says about its machine and its code."""
+    facts = {
+        "machine": str(record.get("host", "–")),
+        "device": _text(record.get("device", "–")),
+        "processes": _text(record.get("processes", "–")),
+        "git commit": str(record.get("commit") or "not in a repository"),
+        "uncommitted changes": "yes, in diff.patch" if record.get("dirty") else "none",
+        "Python": str(record.get("python", "–")),
+    }
+    return facts | {str(name): str(version) for name, version in (record.get("packages") or {}).items()}
 
 
 def _launches(member: Member) -> list[dict[str, Any]]:
@@ -142,10 +156,7 @@ def protocols(collection: Collection, metric: str) -> tuple[Rows, Rows]:
     for key in dict.fromkeys(key for protocol in flat for key in protocol):
         if key.endswith("_partial_"):
             continue
-        values: dict[str, int] = {}
-        for protocol in flat:
-            text = _text(protocol.get(key))
-            values[text] = values.get(text, 0) + 1
+        values = Counter(_text(protocol.get(key)) for protocol in flat)
         (shared if len(values) == 1 else different).append((key, _counted(values)))
     return shared, different
 
@@ -183,12 +194,14 @@ def repeats(arms: Sequence[Arm], metric: str) -> list[Repeat]:
 def broken(collection: Collection, arms: Sequence[Arm], metric: str) -> list[str]:
     """What a reader has to know about runs that are not whole, one sentence each."""
     said = [problem if problem.endswith(".") else f"{problem}." for problem in collection.problems]
-    for row in run_rows(arms):
-        name = f"{row.arm.label}, seed {row.seed}"
-        if row.state == "failed":
-            said.append(f"{name} has failed at step {row.step}{f': {row.reason}' if row.reason else ''}.")
-        elif row.state != "finished":
-            said.append(f"{name} is not finished (its last word: {row.state}, step {row.step}).")
+    unfinished: dict[tuple[str, str, str, str], list[str]] = {}
+    for row in run_rows(arms, root_of(collection)):
+        if row.state != "finished":
+            unfinished.setdefault((row.arm.label, row.state, row.step, row.reason), []).append(str(row.seed))
+    for (label, state, step, reason), seeds in unfinished.items():
+        which = f"{label}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
+        what = "failed" if state == "failed" else f"not finished, last seen as {state}"
+        said.append(f"{which}: {what} at step {step}{f' ({reason})' if reason else ''}.")
     for arm in arms:
         bare = [m for m in arm.members if all(metric not in x.evaluation.values for x in m.measurements)]
         if len(bare) == len(arm.members):
@@ -212,4 +225,4 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
-    return "none" if value is None or value == {} else level(value)
+    return "none" if value == {} else text(value)

@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from diffx.compare.arms import text
 from diffx.experiment import Collection
-from diffx.report.arms import Arm, level
+from diffx.report.aim import aim
+from diffx.report.arms import Arm
+from diffx.report.cost import Point
 from diffx.report.numbers import count, listed
 
 _SCALE = ("parameterization", "weighting", "objective", "schedule", "time_sampler", "data", "autoencoder")
@@ -18,20 +21,25 @@ _METRICS = {
     "precision": "Share of samples that lie among the real images; high where samples look real.",
     "recall": "Share of real images that lie among the samples; high where nothing is left out.",
     "class_consistency": "Share of samples whose most probable class is the one that was asked for.",
-    "nn_ratio": "Distance of samples to the nearest training image, over that of held-out images; near 0 where training "
-    "images are copied.",
+    "nn_ratio": "Distance of samples to the nearest training image, over that of held-out images; near 0 where "
+    "training images are copied.",
 }
 
 
-def question_of(collection: Collection, axes: Sequence[str], arms: Sequence[Arm], metric: str) -> str:
-    """The question that a sweep asks."""
+def question_of(collection: Collection, levels: Mapping[str, Sequence[str]], metric: str) -> str:
+    """The question that a sweep asks.
+
+    Arguments:
+        collection: the runs.
+        levels: the levels of each axis.
+        metric: what is asked about.
+    """
     names = sorted({str(member.config["name"]) for member in collection.members})
-    if not axes:
+    if not levels:
         return f"What {metric} does {listed(names)} reach?"
-    parts = [f"{axis} ({_choices([arm.levels[axis] for arm in arms])})" for axis in axes]
-    return (
-        f"{'Does' if len(axes) == 1 else 'Do'} {listed(parts)} change {metric} on {listed(names)}{_after(collection)}?"
-    )
+    parts = [f"{axis} ({_choices(found)})" for axis, found in levels.items()]
+    verb = "Does" if len(levels) == 1 else "Do"
+    return f"{verb} {listed(parts)} change {metric} on {listed(names)}{_after(collection)}?"
 
 
 def _choices(levels: Sequence[str]) -> str:
@@ -62,20 +70,32 @@ def incomparable_losses(axes: Sequence[str]) -> str:
     )
 
 
-def words_of(metric: str, lower_is_better: bool) -> list[tuple[str, str]]:
+def cost_remarks(sampled: Sequence[Point], metric: str) -> list[str]:
+    """What is missing from the plot of quality against cost."""
+    numbers = sorted({point.costs["NFE"] for point in sampled if "NFE" in point.costs})
+    if not sampled:
+        return [f"No run has a value of {metric}, so there is nothing to set against its cost."]
+    if len(numbers) == 1:
+        return [
+            f"All values are at NFE {numbers[0]:g}; diffx evaluate -m run='FOLDER/*/*/seed*' sampler.steps=5,10,20 "
+            "measures others without training again."
+        ]
+    return []
+
+
+def words_of(metric: str) -> list[tuple[str, str]]:
     """What the words on the page mean."""
     short = metric if metric in _METRICS else metric.partition("_")[0]
-    direction = "lower is better" if lower_is_better else "higher is better"
     meaning = _METRICS.get(short, "The metric that arms are compared by.")
     return [
-        (metric, f"{meaning} Here {direction}."),
+        (metric, f"{meaning} Here {aim(metric)}."),
         ("arm", "One combination of settings. Its runs differ in their training seed only."),
         ("seed", "The number that fixes all randomness of a training: initial weights, order of images, noise."),
         ("baseline", "The arm that all others are held against."),
         ("interval, 95 %", "Made so that 95 of 100 such intervals contain the true value."),
         (
             "not distinguishable",
-            "The interval of the difference contains 0: these runs cannot tell the two arms apart.",
+            "The difference could be chance: as large a one is to be expected of these few runs.",
         ),
         ("NFE", "Number of function evaluations: how often the network is called to make one sample."),
         ("logSNR", "Logarithm of the signal-to-noise ratio α²/σ²: low is nearly noise, high nearly a clean image."),
@@ -97,6 +117,6 @@ def differences(axes: Mapping[str, Mapping[str, object]]) -> str:
     """What arms differ in, with the values."""
     parts = []
     for axis, values in axes.items():
-        levels = sorted({level(value) for value in values.values()})
+        levels = sorted({text(value) for value in values.values()})
         parts.append(f"{axis} ({_choices(levels)})")
     return listed(parts) if parts else "nothing but their seeds"

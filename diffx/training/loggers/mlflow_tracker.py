@@ -46,9 +46,12 @@ class MLflowTracker(Tracker):
         """Opens the run, or goes on in the one of the same id."""
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        for name in ("alembic", "mlflow", "lightning.pytorch.loggers.mlflow"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        import mlflow  # noqa: F401 (sets its own log levels)
         from lightning.pytorch.loggers import MLFlowLogger
+
+        for name in ("alembic", "mlflow"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)
 
         folder = (self.about.directory / "mlflow").resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +64,12 @@ class MLflowTracker(Tracker):
         found = _find(settings["tracking_uri"], self.experiment, self.about.run_id)
         about = self.about
         self._logger = MLFlowLogger(**settings, run_name=about.name, run_id=found, tags=_tags(about), synchronous=False)
+        before = os.environ.get("MLFLOW_TRACKING_URI")
+        _ = self._client
+        # it is exported, and the next arm of a sweep would write there
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
         if found is None:
             self._logger.log_hyperparams({**about.config})
             for name, value in about.facts.items():

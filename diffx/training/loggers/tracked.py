@@ -3,6 +3,7 @@
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,12 @@ class Tracked(Logger):
 
     def finish(self, code: int) -> None:
         """Closes a run that has been opened."""
-        if self._started:
+        if self._lost:
+            with suppress(Exception):  # it has been told already
+                self.tracker.finish(code)
+        elif self._started:
             self._tell(lambda tracker: tracker.finish(code))
-            self._started = False
+        self._started = False
 
     @rank_zero_only
     def _tell(self, what: Callable[[Tracker], None]) -> None:

@@ -43,7 +43,7 @@ class WandbTracker(Tracker):
         entity: str | None = None,
         tags: list[str] | None = None,
         log_model: bool | Literal["all"] = False,
-        log_code: bool = True,
+        log_code: bool = False,
         timeout: float = 30.0,
     ) -> None:
         needs("wandb", "wandb")
@@ -55,6 +55,7 @@ class WandbTracker(Tracker):
         self.log_code = log_code
         self.timeout = timeout
         self._run: Any = None
+        self._staging = False
         self._defined: set[str] = set()
         self._first = 0  # the first step that W&B takes
 
@@ -67,6 +68,7 @@ class WandbTracker(Tracker):
             if mode == "offline":
                 raise
             why = f"W&B does not open the run ({' '.join(str(error).split())[:200]})"
+            _give_up()
             self._run = self._open("offline")
         if why:
             folder = self.about.directory
@@ -87,7 +89,12 @@ class WandbTracker(Tracker):
         import wandb  # slow to import
 
         about = self.about
-        about.directory.mkdir(parents=True, exist_ok=True)
+        folder = about.directory / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        # what is to be uploaded lies with the run, not in the user's home
+        self._staging = os.environ.get("WANDB_DATA_DIR") is None
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder.resolve()))
+        os.environ.setdefault("WANDB_SILENT", "true")
         return wandb.init(
             project=self.project,
             entity=self.entity,
@@ -103,7 +110,6 @@ class WandbTracker(Tracker):
             reinit="finish_previous",
             mode=mode,  # pyright: ignore[reportArgumentType]
             settings=wandb.Settings(
-                silent=os.environ.get("WANDB_SILENT", "true").lower() not in ("false", "0"),
                 init_timeout=self.timeout,
                 finish_timeout=self.timeout,
                 finish_timeout_raises=True,
@@ -128,10 +134,11 @@ class WandbTracker(Tracker):
         if name in self._defined:
             return
         self._defined.add(name)
+        summary = None  # the last value, under the metric's own name
         if name.startswith("eval/"):
             summary = "min,max,last"
-        else:
-            summary = "min,last" if name == "loss" or name.startswith("loss/") else "last"
+        elif name == "loss" or name.startswith("loss/"):
+            summary = "min,last"
         # a dot would stand for a nested key
         self._run.define_metric(name.replace(".", "\\."), step_metric=STEP, summary=summary)
 
@@ -146,16 +153,16 @@ class WandbTracker(Tracker):
         """A table of the history; values, standard errors and the protocol's hash in the summary."""
         import wandb
 
-        key = f"{name}/evaluation"
-        self._define_media(key)
-        rows: list[Any] = rows_of(evaluation)
-        self._log({key: wandb.Table(columns=list(COLUMNS), data=rows)}, step)
         found: dict[str, Any] = {f"{name}/protocol": evaluation.fingerprint}
         for metric, value in evaluation.values.items():
             found[f"{name}/{metric}"] = value.value
             if value.stderr is not None:
                 found[f"{name}/{metric}_stderr"] = value.stderr
         self._run.summary.update(found)
+        key = f"{name}/evaluation"
+        self._define_media(key)
+        rows: list[Any] = rows_of(evaluation)
+        self._log({key: wandb.Table(columns=list(COLUMNS), data=rows)}, step)
 
     def _define_media(self, key: str) -> None:
         if key not in self._defined:
@@ -171,14 +178,30 @@ class WandbTracker(Tracker):
             return
         artifact = wandb.Artifact(f"model-{self.about.run_id}", "model", metadata={"step": step, **self.about.facts})
         for file in kept:
-            artifact.add_file(str(file))
+            artifact.add_file(str(file), policy="immutable", skip_cache=True)  # not copied
         self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
     def finish(self, code: int) -> None:
         """Closes the run; one that a signal has interrupted is marked as preempted."""
         if code >= 128:
             self._run.mark_preempting()
-        self._run.finish(exit_code=code)
+        try:
+            self._run.finish(exit_code=code)
+        except TimeoutError as error:
+            folder = self.about.directory
+            raise TimeoutError(
+                f"it has not taken the rest in {self.timeout:g} s; diffx wandb sync --all '{folder}' uploads it"
+            ) from error
+        finally:
+            if self._staging:
+                del os.environ["WANDB_DATA_DIR"]
+
+
+def _give_up() -> None:
+    """Ends W&B's own process, which would go on trying to open the run."""
+    import wandb
+
+    wandb.teardown()
 
 
 def _file(path: Path) -> str:
