@@ -40,6 +40,14 @@ def shown(output: Any, picture: Path) -> list[str]:
     return ["```text", *kept, "```"]
 
 
+def joined(page: str) -> str:
+    """The page with texts that follow one another as one block."""
+    before = None
+    while before != page:
+        before, page = page, re.sub(r"(^```text\n(?:(?!```).*\n)*)```\n\n```text\n", r"\1", page, flags=re.MULTILINE)
+    return page
+
+
 def render(file: Path, folder: Path) -> None:
     """Writes one notebook."""
     notebook = execute(file)
@@ -52,7 +60,8 @@ def render(file: Path, folder: Path) -> None:
         for output in cell.get("outputs", []):
             pictures += "image/png" in output.get("data", {})
             parts.append("\n".join(shown(output, folder / f"{file.stem}-{pictures}.png")))
-    (folder / f"{file.stem}.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    page = joined("\n\n".join(part for part in parts if part) + "\n")
+    (folder / f"{file.stem}.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@
 # be? Every combination of two schedules, two parameterizations and three seeds, on a tiny network.
 
 # %%
-import io
 import os
 import tempfile
-from contextlib import redirect_stdout
 
 from IPython.display import Image, Markdown, display
+from IPython.utils.capture import capture_output
 from matplotlib import pyplot as plt
 
 from diffx.cli.main import run as diffx
@@ -67,7 +66,7 @@ display(Image(f"{RUNS}/plan.png"))
 # submits them.)
 
 # %%
-with redirect_stdout(io.StringIO()):  # what is printed for each run
+with capture_output():  # what is printed for each run
     code = diffx(["train", "-m", *axes, *settings])
 assert code == 0
 

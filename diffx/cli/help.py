@@ -475,7 +475,7 @@ def command_help(name: str) -> str:
         "sample": ["sampler", "discretization", "guidance", "thresholding", "schedule"],
         "evaluate": ["metrics", "extractor", "sampler", "discretization", "guidance", "thresholding", "schedule"],
         "compare": [],
-        "report": ["metrics", "sampler"],
+        "report": [],
         "reference": ["data", "extractor"],
         "fit-extractor": ["data"],
         "learn-times": ["sampler", "guidance", "thresholding", "schedule"],

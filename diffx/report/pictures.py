@@ -57,11 +57,13 @@ class Gallery:
         strips: one per arm that has pictures.
         steps: the steps between which the reader chooses.
         remarks: what is missing or differs, one sentence each.
+        same_noise: whether all start from the same noise.
     """
 
     strips: list[Strip]
     steps: list[int]
     remarks: list[str]
+    same_noise: bool
 
 
 def gallery(arms: Sequence[Arm]) -> Gallery:
@@ -108,7 +110,8 @@ def gallery(arms: Sequence[Arm]) -> Gallery:
             strips.append(Strip(arm, member.seed, pictures))
     if broken:
         remarks.append(f"{count(len(broken), 'picture')} cannot be read: {listed([str(file) for file in broken])}.")
-    return Gallery(strips, [step for step in kept if any(p.step == step for s in strips for p in s.pictures)], remarks)
+    having = [step for step in kept if any(p.step == step for strip in strips for p in strip.pictures)]
+    return Gallery(strips, having, remarks, len(noises) < 2)
 
 
 def _files(member: Member) -> dict[int, Path]:
