@@ -9,10 +9,11 @@ from diffx.utils import DiffxError
 class Flow(Schedule):
     r"""The straight path from data to noise, of rectified flow and flow matching.
 
-    α(t) = 1 − (1 − α_min)·t, σ(t) = t. Lipman et al., *Flow Matching for Generative Modeling* (arXiv 2210.02747), Eq.
-    20 with σ_min = 0 and time reversed; Liu et al., *Flow Straight and Fast* (arXiv 2209.03003). With α_min = 0, as in the
-    papers, ε-prediction is undefined at t = 1. Use it when a flow-matching model is trained (parameterization=flow),
-    or few steps of Euler's method shall do; flow_clipped where ε-prediction is to be compared on it.
+    α(t) = 1 − (1 − α_min)·t, σ(t) = t. Lipman et al., *Flow Matching for Generative Modeling* (arXiv 2210.02747),
+    Eq. 20 with σ_min = 0 and time reversed; Liu et al., *Flow Straight and Fast* (arXiv 2209.03003). With α_min = 0,
+    as in the papers, ε-prediction is undefined at t = 1. Use it when a flow-matching model is trained
+    (parameterization=flow), or few steps of Euler's method shall do; flow_clipped where ε-prediction is to be compared
+    on it.
 
     Arguments:
         alpha_min: α(1), in [0, 1).
