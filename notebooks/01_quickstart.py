@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Quickstart
 #
-# Train a diffusion model on handwritten digits, look at its samples, measure them, and sample it in other ways. Two to
-# three minutes on two CPU cores.
+# Train a diffusion model on handwritten digits, look at its samples, measure them, and sample it in other ways. A
+# minute or two on a CPU.
 #
 # `diffx("train", …)` below is what `diffx train …` is on the command line.
 

@@ -139,7 +139,8 @@ def summarize(
         "what to type next:\n"
         f"  diffx sample run={run.path} sampler=ddim sampler.steps=50\n"
         f"  diffx evaluate -m run={run.path} sampler=ddim,dpmpp_2m sampler.steps=5,10,20\n"
-        "  diffx train -m schedule=linear,cosine parameterization=eps,v seed=0,1",
+        "  diffx train -m schedule=linear,cosine parameterization=eps,v seed=0,1\n"
+        f"  diffx compare {run.path.parents[1]}",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,7 +1,6 @@
 """Measuring a trained model under the protocol of a config, once."""
 
 import hashlib
-import platform
 import signal
 import time
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ from diffx.denoisers import Denoiser
 from diffx.evaluation import Evaluation, Interrupted, bits_per_dim
 from diffx.experiment import Record, Run, fingerprint, identity
 from diffx.experiment.identity import INFERENCE
-from diffx.experiment.record import command_line
+from diffx.experiment.record import command_line, processor
 from diffx.generate import Generator
 from diffx.metrics import Value
 from diffx.samplers import Counted
@@ -184,8 +183,8 @@ _COLUMNS = (
 
 def _environment(device: torch.device, world_size: int) -> dict[str, Any]:
     record = Record.now(command_line())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"device": f"{device.type} ({name})", "processes": world_size, **asdict(record)}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return asdict(record) | {"device": f"{device.type} ({name})", "processes": world_size}
 
 
 def table(evaluation: Evaluation) -> Table:

@@ -27,6 +27,7 @@ class Record:
         packages: versions of the packages that matter.
         python: the version of Python.
         host: the name of the machine.
+        device: its GPUs, as `cuda (4 × NVIDIA H100 80GB HBM3)`, or its processor, as `cpu (AMD EPYC, 2 cores)`.
     """
 
     command: str
@@ -36,6 +37,7 @@ class Record:
     packages: dict[str, str]
     python: str
     host: str
+    device: str
 
     @classmethod
     def now(cls, command: list[str]) -> "Record":
@@ -48,6 +50,7 @@ class Record:
             packages={name: _version(name) for name in PACKAGES},
             python=platform.python_version(),
             host=platform.node(),
+            device=_device(),
         )
 
     def append_to(self, directory: Path) -> None:
@@ -72,6 +75,22 @@ def _git(*arguments: str) -> str:
         return ""
 
 
+def _device() -> str:
+    torch = sys.modules.get("torch")  # it takes seconds to import, and whoever computes has
+    if torch is not None and torch.cuda.is_available():
+        return f"cuda ({torch.cuda.device_count()} × {torch.cuda.get_device_name()})"
+    return f"cpu ({processor()}, {os.cpu_count()} cores)"
+
+
+def processor() -> str:
+    """The name of the processor, as `AMD EPYC`, or its kind, as `x86_64`."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return next(line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -81,4 +100,5 @@ def _version(package: str) -> str:
 
 def command_line() -> list[str]:
     """What the user typed, with the program's name instead of its path."""
-    return [os.path.basename(sys.argv[0]), *sys.argv[1:]]  # noqa: PTH119
+    name = os.path.basename(sys.argv[0])  # noqa: PTH119
+    return ["diffx" if name == "main.py" else name, *sys.argv[1:]]  # python -m diffx.cli.main
