@@ -32,7 +32,7 @@ def two_stages(arguments: Arguments) -> Arguments:
     Raises:
         DiffxError: if an override cannot be read.
     """
-    overrides = _with_params(arguments)
+    overrides = with_params(arguments)
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
@@ -46,8 +46,12 @@ def two_stages(arguments: Arguments) -> Arguments:
     return replace(arguments, overrides=[*rest, *points[0], f"evaluation.final=[{final}]"])
 
 
-def _with_params(arguments: Arguments) -> list[str]:
-    """What was typed, and the axes that the experiment's file adds."""
+def with_params(arguments: Arguments) -> list[str]:
+    """What was typed, and the axes that the experiment's file adds.
+
+    Arguments:
+        arguments: what was typed.
+    """
     fixed = [word for word in arguments.overrides if word.startswith("experiment=") and "," not in word]
     where = [f"hydra.searchpath=[{','.join('file://' + f for f in arguments.config_dirs)}]"] if fixed else []
     try:

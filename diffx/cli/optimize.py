@@ -23,7 +23,7 @@ from rich.table import Table
 
 from diffx.cli.build import make
 from diffx.cli.compose import Arguments, explain
-from diffx.cli.grid import _with_params
+from diffx.cli.grid import with_params
 from diffx.cli.train import config_of, train
 from diffx.evaluation import Evaluation
 from diffx.experiment import Run, fingerprint, identity, locate
@@ -94,7 +94,7 @@ def optimize(arguments: Arguments) -> int:
     """
     if not arguments.multirun:
         raise DiffxError("sweeper=optuna searches; add -m, and say over what, such as schedule=linear,cosine")
-    search = Search.of(replace(arguments, overrides=_with_params(arguments)))
+    search = Search.of(replace(arguments, overrides=with_params(arguments)))
     console = Console()
     with search.lock():
         study = search.study()

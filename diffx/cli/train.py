@@ -137,7 +137,7 @@ def train(config: dict[str, Any], overrides: list[str], report: Report | None = 
     run = locate(config["runs_dir"], config, overrides)
     if run.state == "finished":
         run.freeze(config)
-        console.print(f"[bold]{run.path}[/] is finished; delete it to train again", highlight=False)
+        console.print(f"[bold]{run.path}[/] is finished; delete it to train again", highlight=False, soft_wrap=True)
         return summarize(arm, run, console)
     check(arm)
     with run.lock():
@@ -170,6 +170,7 @@ def _in_job(run: Run, tasks: int, launcher: Any) -> int:
 def prepare(config: DictConfig) -> None:
     """What follows from other settings, before anything is interpolated from it."""
     set_steps(config)
+    config.setdefault("metrics", {})  # metrics=[] leaves no trace
     # nodes and GPUs are asked for once
     launcher, trainer = config.launcher, config.trainer
     nodes, gpus = launcher.get("nodes"), launcher.get("gpus")

@@ -205,7 +205,8 @@ class EvaluateEMA(L.Callback):
         else:
             self._evaluated = step
             trainer.should_stop = trainer.should_stop or self.pruned
-        for log in trainer.callbacks:
+        callbacks: list[L.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        for log in callbacks:
             if isinstance(log, TrainingLog):
                 log.leave_out(time.perf_counter() - started)
 

@@ -41,11 +41,11 @@ class EnergyMeter:
 def _handle(device: torch.device) -> object | None:
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
         # by its name: CUDA_VISIBLE_DEVICES renumbers
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    except ImportError:
-        return None
     except pynvml.NVMLError:
         return None
