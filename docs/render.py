@@ -33,6 +33,7 @@ def shown(output: Any, picture: Path) -> list[str]:
         return [data["text/markdown"]]
     text = output.get("text", "") if output.get("name") != "stderr" else ""
     text = re.sub(r"\x1b\[[0-9;]*m|/tmp/tmp\w+/?", "", text or data.get("text/plain", ""))
+    text = re.sub(r"^/\S+: \w+Warning: .*\n(  .*\n)?", "", text, flags=re.MULTILINE)
     lines = [line.rstrip() for line in text.rstrip().splitlines()]
     if not lines or re.fullmatch(r"\[?(<.*>|Text\(.*\)).*", lines[0]):  # what pyplot returns
         return []
