@@ -34,12 +34,15 @@ usage: diffx train [KEY=VALUE …] [GROUP=CHOICE …]
 
 The same command again resumes an interrupted run and recognises a finished one. A run's directory is
 runs/<name>/<what was overridden>-<hash of what the experiment is>/seed<k>/. Sampler, guidance and metrics are no part
-of that hash: asked for others, a finished run is evaluated anew and not trained again.
+of that hash: asked for others, a finished run is evaluated anew and not trained again; axes of them in a sweep evaluate
+each model at every point. Arms end at equal training.max_steps, max_images or max_flops, or after max_device_seconds.
 
 examples:
   diffx train                                                  the demo: digits, minutes on a CPU
   diffx train schedule=cosine parameterization=v seed=1
   diffx train -m schedule=linear,cosine parameterization=eps,x0,v seed=0,1,2
+  diffx train -m schedule=linear,cosine sampler=ddim,dpmpp_2m sampler.steps=5,10     two models, sampled in four ways
+  diffx train -m backbone=unet_tiny,dit_tiny training.max_flops=1e12 seed=0,1,2      two networks at equal compute
   diffx train -m hydra/launcher=joblib hydra.launcher.n_jobs=2 schedule=linear,cosine seed=0,1
   diffx train -m hydra/sweeper=optuna 'optimizer.lr=tag(log,interval(1e-4,1e-2))' schedule=linear,cosine
   diffx train data=folder data.root=~/photos data.image_size=64 backbone=unet_28 extractor=none
