@@ -66,7 +66,7 @@ class Estimate:
         return self.images_per_step / self.speed.training.step if self.speed else float("nan")
 
 
-def estimate(arms: Sequence[tuple[Run, Config]], seconds: float = SECONDS) -> list[Estimate]:
+def estimate(arms: Sequence[tuple[Run, Config]], seconds: float = SECONDS, start_up: float = 0.0) -> list[Estimate]:
     """Tries out runs, and tells how long what is left to do of each takes.
 
     Runs of one network, batch, data and precision are tried out once. Nothing is written but temporary files, and
@@ -75,6 +75,7 @@ def estimate(arms: Sequence[tuple[Run, Config]], seconds: float = SECONDS) -> li
     Arguments:
         arms: run directories, existing or not, with their resolved configs.
         seconds: how long training steps are timed.
+        start_up: seconds that a process takes before it does anything, importing.
 
     Returns:
         One for each run. What fails is told there and not raised.
@@ -82,7 +83,7 @@ def estimate(arms: Sequence[tuple[Run, Config]], seconds: float = SECONDS) -> li
     known: dict[str, Any] = {}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # training itself will warn
-        return [_estimate(run, config, seconds, known) for run, config in arms]
+        return [_estimate(run, config, seconds, start_up, known) for run, config in arms]
 
 
 def totals(runs: Sequence[Estimate]) -> list[str]:
@@ -110,7 +111,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def _estimate(run: Run, config: Config, seconds: float, known: dict[str, Any]) -> Estimate:
+def _estimate(run: Run, config: Config, seconds: float, start_up: float, known: dict[str, Any]) -> Estimate:
     trainer = config["trainer"]
     processes, device = trainer["devices"] * trainer["num_nodes"], best_device(trainer["accelerator"])
     told = Estimate(device, config["data"]["batch_size"], finished=run.state == "finished")
@@ -122,6 +123,7 @@ def _estimate(run: Run, config: Config, seconds: float, known: dict[str, Any]) -
     try:
         probe = _Probe(_alone(config), torch.device(device), seconds, known)
         speed = probe.speed()
+        speed = replace(speed, training=replace(speed.training, start=speed.training.start + start_up))
         work = remaining(config, step_of(checkpoint) if checkpoint else 0, probe.grid(), probe.compared())
     except DiffxError as error:
         return replace(told, problem=str(error))

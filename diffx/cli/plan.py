@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ class Planned:
 
 def main(argv: list[str]) -> int:
     """Runs the command and returns its exit code: 2 if an arm cannot work."""
+    start_up = time.process_time()  # importing what a run imports too
     own = as_dict([word for word in argv if word.startswith(("out=", "probe="))])
     out, seconds = Path(own.get("out", "plan.png")).expanduser(), _seconds(own.get("probe", "true"))
     if out.suffix not in (".png", ".pdf", ".svg"):
@@ -74,7 +76,7 @@ def main(argv: list[str]) -> int:
         console.print(f"plot: {out}", highlight=False, soft_wrap=True)
     if seconds and any(arm.runs for arm in arms):
         with console.status("trying the arms out"):
-            found = estimate([run for arm in arms for run in arm.runs], seconds)
+            found = estimate([run for arm in arms for run in arm.runs], seconds, start_up)
         in_turn = iter(found)
         console.print(cost_table([[next(in_turn) for _ in arm.runs] for arm in arms]))
         for sentence in totals(found):
