@@ -292,7 +292,7 @@ def test_the_loss_in_float32_is_that_in_float64(schedule, parameterization):
     double = Denoising(Times(t.double()), build("weighting", "unit"))(denoiser, x.double(), keys)["loss"]
     # 1 − α is 1e-5 at the first time, and α has a last bit of 6e-8
     torch.testing.assert_close(single[:1].double(), double[:1], rtol=5e-3, atol=0)
-    torch.testing.assert_close(single[1:].double(), double[1:], rtol=1e-4, atol=0)
+    torch.testing.assert_close(single[1:].double(), double[1:], rtol=2e-4, atol=0)
 
 
 @every_pair

@@ -102,6 +102,8 @@ def test_every_command_of_the_readme_runs(command, run_dir, tmp_path, monkeypatc
         if "experiment=digits_ablation" in argv:
             argv += ["training.max_flops=5e8", "schedule=linear", "parameterization=v", "seed=0", "sampler.steps=2,3"]
             argv += ["evaluation.num_samples=100"]
+        if any("n_trials" in word for word in argv):
+            argv += ["evaluation.num_samples=100", "sweeper.pruner=none"]
         own = {word.partition("=")[0] for word in argv}
         argv += [word for word in TINY if word.partition("=")[0] not in own]
         argv += [word for word in ("evaluation.num_samples=0",) if word.partition("=")[0] not in own]

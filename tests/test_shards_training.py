@@ -15,10 +15,11 @@ import torch.distributed as dist
 from test_shards import encoded, source, write_members, write_shard
 
 from diffx.autoencoders import Pixels
-from diffx.cli.budget import set_steps, train
+from diffx.cli.budget import set_steps
 from diffx.cli.build import build
 from diffx.cli.compose import compose_config
 from diffx.cli.rank import main as rank_main
+from diffx.cli.train import train
 from diffx.experiment import locate
 from diffx.objectives import Denoising, Objective
 from diffx.utils.signals import SIGNALS

@@ -22,14 +22,17 @@ from conftest import choices
 from rich.console import Console
 from torch import nn
 
-from diffx.cli.budget import set_steps, train
+from diffx.cli.budget import set_steps
 from diffx.cli.build import build
 from diffx.cli.compose import compose_config
 from diffx.cli.execute import execute
+from diffx.cli.train import train
 from diffx.experiment import Run, locate
+from diffx.experiment.same import TIMES
 from diffx.objectives import Denoising, Objective
 from diffx.pictures import save_grid
 from diffx.training import EMA
+from diffx.training.flops import training_flops
 from diffx.training.log import LOGSNR_EDGES
 from diffx.training.loggers import CSVLogger
 from diffx.training.weights import load_weights
@@ -65,7 +68,6 @@ HARD = [
     "sampler=ddpm",
     "sampler.steps=2",
 ]
-TIMES = {"images_per_second", "eval/seconds", "data_wait"}
 
 
 @pytest.fixture(autouse=True)
@@ -671,8 +673,10 @@ def test_the_log_holds_the_means_of_its_windows(tmp_path):
 
     rows = metrics_of(run)
     assert [int(row["step"]) for row in rows] == [4, 8, 12]
+    flops = training_flops(arm.module, next(iter(arm.source.train_loader(0))))
     for k, row in enumerate(rows):
-        window = [pair for micro in seen[8 * k : 8 * (k + 1)] for pair in micro]
+        # the first call was to count its operations
+        window = [pair for micro in seen[1 + 8 * k : 1 + 8 * (k + 1)] for pair in micro]
         assert len(window) == 4 * 8
         by_bin = defaultdict(list)
         for logsnr, loss in window:
@@ -682,6 +686,7 @@ def test_the_log_holds_the_means_of_its_windows(tmp_path):
         expected["images"] = 8 * 4 * (k + 1)
         expected["grad_norm"] = norms[4 * (k + 1) - 1]
         logged = {name: float(value) for name, value in row.items() if value and name not in ("step", "lr")}
+        assert logged.pop("flops") / logged["images"] == flops
         assert logged == pytest.approx(expected, rel=1e-5)
         assert sum(len(losses) for losses in by_bin.values()) == 32 and len(by_bin) > 1
     # the norm that is logged is the one before clipping

@@ -84,7 +84,8 @@ class TrainingLog(L.Callback):
         """Counts the operations, once."""
         if self.flops_per_image is None:
             assert isinstance(pl_module, DiffusionModule)
-            self.flops_per_image = training_flops(pl_module, batch)
+            with trainer.precision_plugin.train_step_context():
+                self.flops_per_image = training_flops(pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
