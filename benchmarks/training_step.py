@@ -34,7 +34,9 @@ from diffx.training.fit import fit
 from diffx.training.log import TrainingLog
 from diffx.training.loggers import CSVLogger
 from diffx.training.lr_schedules import Constant
+from diffx.training.nonfinite import NonFinite
 from diffx.utils import Keys
+from diffx.utils.signals import StopSignal
 from diffx.weightings import Unit
 
 BATCH, CLASSES = 64, 10
@@ -223,11 +225,12 @@ def run_diffx(network: nn.Module, source: DataSource, steps: int, clock: Clock) 
     data = TimedData(StreamData(source, seed=0, accumulate=1), steps, clock)
     log = TrainingLog(every_n_steps=50)
     with tempfile.TemporaryDirectory() as folder, Path(devnull).open("w") as nowhere:
+        never = NonFinite("stop", (50,), Path(folder) / "nonfinite.jsonl")
         fit(
             diffx_module(network),
             data,
-            checkpoints=Checkpoints(Path(folder), every_n_steps=10**9, keep_last=1, identity="benchmark"),
-            callbacks=[log, ProgressBar(log, Console(force_terminal=True, file=nowhere))],
+            checkpoints=Checkpoints(Path(folder), 10**9, 1, None, "benchmark", StopSignal()),
+            callbacks=[log, ProgressBar(log, Console(force_terminal=True, file=nowhere)), never],
             loggers=[CSVLogger(Path(folder) / "metrics.csv")],
             resume=None,
             max_steps=data.batches.total,
