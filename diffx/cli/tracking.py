@@ -9,6 +9,7 @@ from typing import Any
 from diffx.cli.build import Arm, make
 from diffx.evaluation import Evaluation
 from diffx.experiment import Run, fingerprint, identity
+from diffx.training.checkpoint_files import shards_of
 from diffx.training.loggers import About, CSVLogger, Tracked, trackers
 
 
@@ -59,7 +60,8 @@ def log_evaluation(loggers: Iterable[CSVLogger | Tracked], name: str, evaluation
 def log_weights(loggers: Iterable[CSVLogger | Tracked], run: Run, step: int) -> None:
     """The inference weights, the newest checkpoint and the config, to the trackers that keep them."""
     checkpoint, _ = run.newest_checkpoint()
-    files = [*sorted(run.weights.parent.glob("*.safetensors")), run.config_file, *([checkpoint] if checkpoint else [])]
+    saved = [checkpoint, *shards_of(checkpoint)] if checkpoint else []
+    files = [*sorted(run.weights.parent.glob("*.safetensors")), run.config_file, *saved]
     for tracked in trackers(loggers):
         tracked.log_files(files, step)
 

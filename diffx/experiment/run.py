@@ -161,14 +161,18 @@ class Run:
     def newest_checkpoint(self, verify: bool = False) -> tuple[Path | None, list[Path]]:
         """The newest whole checkpoint, and newer ones that are damaged.
 
-        A checkpoint is a zip archive: one cut short has lost its directory, which stands at the end.
+        A checkpoint is a zip archive: one cut short has lost its directory, which stands at the end. So are its shards,
+        if several processes have written it.
 
         Arguments:
             verify: whether to read all of it and compare its checksums.
         """
+        from diffx.training.checkpoint_files import shards_of  # slow to import, and wanted by few commands
+
+        whole = _is_whole if verify else zipfile.is_zipfile
         broken: list[Path] = []
         for file in sorted(self.checkpoints.glob("step=*.ckpt"), key=step_of, reverse=True):
-            if _is_whole(file) if verify else zipfile.is_zipfile(file):
+            if whole(file) and all(map(whole, shards_of(file))):
                 return file, broken
             broken.append(file)
         return None, broken

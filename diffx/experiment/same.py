@@ -27,11 +27,13 @@ def differences(run: Run, reference: Run) -> list[str]:
     Returns:
         Names such as `optimizer_states/0/state/3/exp_avg` or `metrics.csv, row 7, loss`; empty if there are none.
     """
+    from diffx.training.checkpoint_files import read_checkpoint  # slow to import
+
     found = []
     ours, theirs = run.newest_checkpoint()[0], reference.newest_checkpoint()[0]
     if ours is None or theirs is None:
         return [f"'{(run if ours is None else reference).path}' has no checkpoint"]
-    actual, expected = (torch.load(file, map_location="cpu", weights_only=True) for file in (ours, theirs))
+    actual, expected = (read_checkpoint(file) for file in (ours, theirs))
     for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "training_log"):
         found += _unequal(actual[key], expected[key], key)
     exported = sorted(file.name for file in reference.weights.parent.glob("*.safetensors"))

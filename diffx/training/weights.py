@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from diffx.denoisers import Denoiser
+from diffx.training.checkpoint_files import read_checkpoint
 from diffx.training.ema import EMA
 from diffx.utils import DiffxError, atomic_path, nearest, patiently
 
@@ -54,7 +54,7 @@ def load_weights(ema: EMA, name: str, folder: Path, checkpoint: Path | None) -> 
                 state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
                 step = int(opened.metadata()["step"])
         elif checkpoint is not None and name in averages:
-            whole = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            whole = read_checkpoint(checkpoint)
             k = list(averages).index(name)
             prefix = f"ema.others.{k - 1}." if k else "ema.denoiser."
             state = {

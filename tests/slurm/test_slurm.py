@@ -12,12 +12,14 @@ import torch
 import yaml
 from conftest import ROOT, TINY, events, state, step
 
+from diffx.training.checkpoint_files import read_checkpoint
+
 TIMES = {"images_per_second", "eval/seconds", "data_wait", "device_seconds"}
 
 
 def checkpoint(run):
     file = max(run.glob("checkpoints/step=*.ckpt"))
-    return torch.load(file, weights_only=True)
+    return read_checkpoint(file)
 
 
 def flat(value, prefix=""):
