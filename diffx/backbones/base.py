@@ -1,6 +1,7 @@
 """What every network of a denoiser offers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -14,9 +15,12 @@ class Backbone(nn.Module, ABC):
     Attributes:
         augment_labels: how many labels of an augmentation the network embeds; with some, `forward` takes `augment`,
             shape `[B, augment_labels]`, where None is zero for all.
+        parts: the modules of the network that take nearly all of its time, each called once with tensors and giving
+            one, such as its blocks; `speed_up` compiles and recomputes by them. Empty if the network is one part.
     """
 
     augment_labels: int = 0
+    parts: Sequence[nn.Module] = ()
 
     @abstractmethod
     def forward(self, x: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:

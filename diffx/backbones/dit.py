@@ -33,6 +33,7 @@ class DiT(Backbone):
         heads: the number of attention heads.
         num_classes: the number of classes without the null class; 0 for a network without labels.
         mlp_ratio: the width of the MLP's hidden layer over `width`.
+        qk_norm: whether attention normalises queries and keys; see `SelfAttention`. The published models do not.
         out_channels: the channels of the output; `in_channels` by default. The published models have twice as many, for
             a learned variance.
 
@@ -50,6 +51,7 @@ class DiT(Backbone):
         heads: int,
         num_classes: int = 0,
         mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
         out_channels: int | None = None,
     ) -> None:
         super().__init__()
@@ -69,7 +71,8 @@ class DiT(Backbone):
         self.patch_in = xavier(nn.Linear(in_channels * patch_size**2, width))
         self.register_buffer("positions", sincos_positions(self.grid, width), persistent=False)
         self.embedding = ConditionEmbedding(_FEATURES, width, num_classes)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.parts = tuple(self.blocks)
         self.modulation = zeros(nn.Linear(width, 2 * width))
         self.patch_out = zeros(nn.Linear(width, self.out_channels * patch_size**2))
         self._init_embedding()
@@ -102,12 +105,13 @@ class Block(nn.Module):
         width: the channels C of a token, and of the embedding.
         heads: the number of attention heads.
         mlp_ratio: the width of the MLP's hidden layer over `width`.
+        qk_norm: whether attention normalises queries and keys.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool = False) -> None:
         super().__init__()
         hidden = int(width * mlp_ratio)
-        self.attention = SelfAttention(width, heads)
+        self.attention = SelfAttention(width, heads, qk_norm)
         xavier(self.attention.qkv)
         xavier(self.attention.out)
         self.mlp = nn.Sequential(

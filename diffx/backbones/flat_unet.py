@@ -62,6 +62,7 @@ class FlatUNet(Backbone):
             num_classes=num_classes,
             out_channels=self.out_channels,
         )
+        self.parts = self.unet.parts
 
     def forward(self, x: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:
         """Applies the network; see `Backbone.forward`. Height and width may be any."""

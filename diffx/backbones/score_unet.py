@@ -99,6 +99,7 @@ class ScoreUNet(Backbone):
             self.up.append(Up(resample, layers))
         self.norm_out = _norm(width)
         self.conv_out = zeros(nn.Conv2d(width, self.out_channels, 3, padding=1))
+        self.parts = tuple(module for module in self.modules() if isinstance(module, Block))
 
     def forward(self, x: Tensor, logsnr: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """Applies the network; see `Backbone.forward`. Height and width may be any multiple of 2^(levels - 1).

@@ -94,6 +94,7 @@ class SimpleUNet(Backbone):
         self.grow = nn.ModuleList(nn.Sequential(nn.Conv2d(b, a, 1), nn.Upsample(scale_factor=2.0)) for a, b in steps)
         self.norm_out = norm(widths[0])
         self.conv_out = zeros(nn.Conv2d(widths[0], self.out_channels, 3, padding=1))
+        self.parts = tuple(module for module in self.modules() if isinstance(module, Block))
 
     def forward(self, x: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:
         """Applies the network; see `Backbone.forward`. Height and width may be any multiple of 2^(levels - 1)."""

@@ -112,6 +112,7 @@ class UNet(Backbone):
                 width = new
         self.norm_out = norm(width)
         self.conv_out = zeros(nn.Conv2d(width, self.out_channels, 3, padding=1))
+        self.parts = (*self.down, self.middle, *self.up)
 
     def forward(self, x: Tensor, logsnr: Tensor, label: Tensor | None = None) -> Tensor:
         """Applies the network; see `Backbone.forward`. Height and width may be any multiple of 2^(levels - 1)."""
