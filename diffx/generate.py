@@ -4,7 +4,7 @@ Sample k of seed s has the same initial noise, the same noise in every step and 
 any number of processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffx.autoencoders import Autoencoder
 from diffx.conditioning import Conditioner
-from diffx.denoisers import Denoiser
+from diffx.denoisers import Autocast, Denoiser
 from diffx.discretizations import Discretization
 from diffx.samplers import Sampler
 from diffx.utils import DiffxError, Keys
@@ -41,6 +41,9 @@ class Generator:
         shape: shape of one latent (or of one image in [−1, 1]), (C, H, W).
         seed: the seed of initial noise and sampler noise.
         num_classes: number of classes; sample k is of class k mod num_classes unless labels are given.
+        precision: what the networks compute in: 32-true, bf16-mixed or 16-mixed (`diffx.denoisers.Autocast`).
+        static_shapes: whether the last of several batches is filled up to their size and the surplus dropped, since a
+            compiled network would be compiled again for another size.
     """
 
     denoiser: Denoiser
@@ -52,6 +55,8 @@ class Generator:
     shape: tuple[int, int, int]
     seed: int = 0
     num_classes: int = 0
+    precision: str = "32-true"
+    static_shapes: bool = False
 
     def times(self) -> Tensor:
         """The time grid, float64 `[K + 1]`."""
@@ -91,7 +96,8 @@ class Generator:
             return keys.at(step).normal(f"sampler/{draw}", *self.shape)
 
         cond = self.conditioner({"label": label})
-        yield from self.sampler.trajectory(self.denoiser, x, times.to(index.device), noise=noise, **cond)
+        denoiser = Autocast(self.denoiser, self.precision)
+        yield from self.sampler.trajectory(denoiser, x, times.to(index.device), noise=noise, **cond)
 
     @torch.no_grad()
     def __call__(self, index: Tensor, label: Tensor | None = None) -> Generated:
@@ -121,6 +127,7 @@ class Generator:
         rank: int = 0,
         world_size: int = 1,
         first: int = 0,
+        labels: Sequence[int] | None = None,
     ) -> Iterator[Generated]:
         """Samples first … total − 1, this rank's share of them, in batches.
 
@@ -133,11 +140,16 @@ class Generator:
             rank: this process.
             world_size: number of processes; samples are dealt out in turn, so that shares differ by at most one.
             first: the first sample.
+            labels: sample k is of class labels[k mod len(labels)]; the balanced classes by default.
 
         Yields:
             Batches of samples.
         """
         share = torch.arange(first, total, device=device)[rank::world_size]
+        classes = None if labels is None else torch.tensor(labels, device=device)
         # splitting nothing gives one empty batch
         for index in share.split(batch_size) if len(share) else ():
-            yield self(index)
+            surplus = batch_size - len(index) if self.static_shapes and len(share) > batch_size else 0
+            asked = torch.cat([index, index[-1:].expand(surplus)])
+            made = self(asked, None if classes is None else classes[asked % len(classes)])
+            yield Generated(*(value[: len(index)] for value in made))

@@ -121,7 +121,7 @@ def test_the_simple_part_is_the_denoising_loss_at_the_steps(parameterization):
     terms = Hybrid(Times(0.4996), Unit(), 1000)(denoiser, x, keys)
     alpha, sigma = denoiser.schedule(torch.tensor(0.5))
     z = keys.normal("noise", 3, 2, 2)
-    output = denoiser.network(alpha * x + sigma * z, torch.tensor(0.5))[0]
+    output = denoiser.network(alpha * x + sigma * z, denoiser.coefficients(torch.tensor(0.5)))
     target = z if isinstance(parameterization, Eps) else alpha * z - sigma * x
     torch.testing.assert_close(terms["simple"], (output - target).square().flatten(1).mean(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(terms["loss"], terms["simple"] + 0.001 * terms["vlb"])

@@ -158,8 +158,9 @@ def test_unit_is_the_error_of_the_networks_output(schedule, parameterization):
     loss = Denoising(Times(T), build("weighting", "unit"))(denoiser, x, keys)["loss"]
     alpha, sigma = (expand_as(c, x) for c in denoiser.schedule(T))
     x_t = alpha * x + sigma * keys.normal("noise", 5, dtype=F64)
-    output, c_skip, c_out = denoiser.network(x_t, T)
-    target = (x - expand_as(c_skip, x) * x_t) / expand_as(c_out, x)
+    at = denoiser.coefficients(T)
+    output = denoiser.network(x_t, at)
+    target = (x - expand_as(at.c_skip, x) * x_t) / expand_as(at.c_out, x)
     torch.testing.assert_close(loss, (output - target).square().mean(1), rtol=1e-6, atol=1e-10)
 
 

@@ -737,7 +737,7 @@ def test_unipc_2_predicts_as_the_multistep_solver(schedule):
     denoiser = mixture(build("schedule", schedule))
     x, levels = noisy(denoiser, 6, START), denoiser.schedule.levels(torch.tensor([0.9, 0.7, 0.4], dtype=F64))
     ours, theirs = UniPC(order=2), DPMSolverPP2M()
-    x_1, unipc = ours.step(denoiser, x, levels[0], levels[1], None, noise=no_noise)
+    x_1, unipc = ours.step(denoiser, x, levels[0], levels[1], ours.init(denoiser, levels), noise=no_noise)
     expected_1, multistep = theirs.step(denoiser, x, levels[0], levels[1], None, noise=no_noise)
     torch.testing.assert_close(x_1, expected_1)
     corrected = ours.step(denoiser, x_1, levels[1], levels[2], unipc, noise=no_noise)[1].x

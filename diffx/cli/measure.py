@@ -54,7 +54,7 @@ def protocol_of(arm: Arm, generator: Generator, step: int, run: Run) -> tuple[di
         "guidance": config["guidance"],
         "thresholding": config["thresholding"],
         "schedule": config["schedule"],
-        "sampling_precision": "32-true",
+        "sampling_precision": generator.precision,
         "weights": config["weights"],
         "ema": config["ema"],
         "sample_seed": config["evaluation"]["seed"],

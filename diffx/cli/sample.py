@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ KEYS: dict[str, Any] = {"n": 100, "labels": None, "out": None, "batch_size": 256
 def main(argv: list[str]) -> int:
     """Runs the command and returns its exit code."""
     # the seed of the samples, not that of the training run, is what one chooses here
-    argv = [f"evaluation.{word}" if word.startswith("seed=") else word for word in argv]
+    argv = [f"evaluation.{word}" if word.startswith(("seed=", "precision=")) else word for word in argv]
     found = tasks(argv, "sample", KEYS)
     if len(found) > 1 and any(task.config["out"] is not None for task in found):
         raise DiffxError(
@@ -85,7 +86,10 @@ def device_of(config: dict[str, Any]) -> str:
 def _destination(config: dict[str, Any], run: Run) -> Path:
     if config["out"] is None:
         keys = ("sampler", "discretization", "guidance", "thresholding", "schedule", "weights", "n", "labels")
-        digest = fingerprint({key: config[key] for key in keys} | {"seed": config["evaluation"]["seed"]})
+        settings = {key: config[key] for key in keys} | {"seed": config["evaluation"]["seed"]}
+        if config["evaluation"].get("precision", "32-true") != "32-true":
+            settings["precision"] = config["evaluation"]["precision"]
+        digest = fingerprint(settings)
         return run.samples / f"{'trajectory' if config['trajectory'] else 'samples'}-{digest}.png"
     out = Path(config["out"]).expanduser()
     if out.suffix not in ("", ".png", ".npz", ".tar"):
@@ -105,13 +109,13 @@ def _write(generator: Generator, config: dict[str, Any], device: torch.device, o
         return len(index)
     with (
         _WRITERS[out.suffix](out, config["n"]) as write,
+        _behind(write) as write_behind,
         Progress(console=console, disable=not sys.stdout.isatty(), transient=True) as bar,
     ):
         task = bar.add_task("sample", total=config["n"])
-        for index in torch.arange(config["n"], device=device).split(config["batch_size"]):
-            made = generator(index, _labels(config, index))
-            write(made)
-            bar.advance(task, len(index))
+        for made in generator.batches(config["n"], config["batch_size"], device, labels=config["labels"]):
+            write_behind(made)
+            bar.advance(task, len(made.index))
     return config["n"]
 
 
@@ -122,6 +126,27 @@ def _labels(config: dict[str, Any], index: Tensor) -> Tensor | None:
 
 
 Write = Callable[[Generated], None]
+
+
+@contextmanager
+def _behind(write: Write) -> Iterator[Write]:
+    """Writes each batch in a thread while the next one is sampled; one waits at most, and what fails is raised here.
+
+    What has been handed over is written to its end, whatever happens meanwhile.
+    """
+    last: Future[None] | None = None
+    with ThreadPoolExecutor(1) as thread:
+
+        def hand_over(made: Generated) -> None:
+            nonlocal last
+            batch = Generated(*(value.cpu() for value in made))  # here, so that the thread never waits for the device
+            if last is not None:
+                last.result()
+            last = thread.submit(write, batch)
+
+        yield hand_over
+        if last is not None:
+            last.result()
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """What everything downstream sees of a diffusion model."""
 
 from abc import ABC, abstractmethod
+from typing import Any, Self
 
 from torch import Tensor, nn
 
-from diffx.schedules import Schedule
+from diffx.schedules import NoiseLevel, Schedule
 from diffx.utils import DiffxError
 
 
@@ -29,6 +30,36 @@ class Denoiser(nn.Module, ABC):
         Returns:
             x̂, shape `[B, *]`.
         """
+
+    def at(self, level: NoiseLevel) -> "Denoiser":
+        """The denoiser to ask at one noise level of a sampler's grid, whose numbers the host knows.
+
+        What the level decides is decided here, on the host, so that no step waits for the device: guidance outside its
+        interval is the denoiser that it guides. A denoiser around another one, asked at the same time, passes it on;
+        where nothing is to be decided it is the denoiser itself.
+
+        Arguments:
+            level: the noise level; one of tensors, a time for each sample, decides nothing.
+
+        Returns:
+            A denoiser with the same estimates at `level.t`, and at no other time.
+        """
+        return self
+
+    def replaced(self, **attributes: Any) -> Self:
+        """This denoiser with other values of some attributes; everything else is shared.
+
+        Arguments:
+            attributes: the new values by name.
+        """
+        if all(getattr(self, name) is value for name, value in attributes.items()):
+            return self
+        modules = {name: value for name, value in attributes.items() if name in self._modules}
+        values = {name: value for name, value in attributes.items() if name not in modules}
+        twin = type(self).__new__(type(self))
+        # copy.copy would share the dictionary of the modules
+        vars(twin).update(vars(self) | values | {"_modules": {**self._modules, **modules}})
+        return twin
 
     def posterior(self, x_t: Tensor, t: Tensor, s: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor]:
         """The denoised estimate and the variance of a step back, for denoisers that know it.

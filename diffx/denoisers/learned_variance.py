@@ -5,9 +5,16 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from diffx.denoisers.base import Denoiser
-from diffx.denoisers.preconditioned import estimate, network, refuse_undefined
+from diffx.denoisers.preconditioned import (
+    Coefficients,
+    coefficients,
+    coefficients_of,
+    estimate,
+    network,
+    refuse_undefined,
+)
 from diffx.parameterizations import Parameterization
-from diffx.schedules import Schedule
+from diffx.schedules import NoiseLevel, Schedule
 from diffx.utils import DiffxError
 
 
@@ -33,6 +40,7 @@ class LearnedVariance(Denoiser):
     """
 
     outputs: ClassVar[int] = 2
+    known: Coefficients | None = None
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, parameterization: Parameterization) -> None:
         super().__init__()
@@ -41,24 +49,33 @@ class LearnedVariance(Denoiser):
         self.parameterization = parameterization
         refuse_undefined(schedule, parameterization)
 
-    def network(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """F and its coefficients, as `Preconditioned.network` gives them."""
-        (output, _), c_skip, c_out = self._halves(x_t, t, **cond)
-        return output, c_skip, c_out
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """As `Preconditioned.coefficients`."""
+        return self.known or coefficients(self.schedule, self.parameterization, t)
+
+    def at(self, level: NoiseLevel) -> Denoiser:
+        """As `Preconditioned.at`."""
+        return self.replaced(known=coefficients_of(level, self.parameterization))
+
+    def network(self, x_t: Tensor, at: Coefficients, **cond: Tensor) -> Tensor:
+        """F, as `Preconditioned.network` gives it."""
+        return self._halves(x_t, at, **cond)[0]
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        return estimate(x_t, *self.network(x_t, t, **cond))
+        at = self.coefficients(t)
+        return estimate(x_t, self.network(x_t, at, **cond), at)
 
     def posterior(self, x_t: Tensor, t: Tensor, s: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor]:
         """x̂ and v, each `[B, *]`; v was learned for the step of training and is taken for any s."""
-        (output, o), c_skip, c_out = self._halves(x_t, t, **cond)
-        return estimate(x_t, output, c_skip, c_out), (o + 1) / 2
+        at = self.coefficients(t)
+        output, o = self._halves(x_t, at, **cond)
+        return estimate(x_t, output, at), (o + 1) / 2
 
-    def _halves(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        output, c_skip, c_out = network(self.backbone, self.schedule, self.parameterization, x_t, t, **cond)
+    def _halves(self, x_t: Tensor, at: Coefficients, **cond: Tensor) -> tuple[Tensor, ...]:
+        output = network(self.backbone, x_t, at, **cond)
         if output.shape[1] != 2 * x_t.shape[1]:
             raise DiffxError(
                 f"a learned variance needs a backbone with {2 * x_t.shape[1]} output channels, and this one has "
                 f"{output.shape[1]}; set backbone.out_channels={2 * x_t.shape[1]}"
             )
-        return output.chunk(2, dim=1), c_skip, c_out
+        return output.chunk(2, dim=1)

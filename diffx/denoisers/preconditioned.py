@@ -1,15 +1,37 @@
 """A network made a denoiser by a schedule and a parameterization."""
 
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diffx.denoisers.base import Denoiser
 from diffx.parameterizations import Parameterization
-from diffx.schedules import Schedule
+from diffx.schedules import NoiseLevel, Schedule
 from diffx.schedules.base import logsnr
 from diffx.utils import DiffxError, expand_as
+
+
+class Coefficients(NamedTuple):
+    """All that is computed of a time, once for a call of the network and its loss.
+
+    Each of the shape of t, or a Python number where all of the batch is at one time that the host knows.
+
+    Arguments:
+        alpha: signal coefficient α(t).
+        sigma: noise coefficient σ(t).
+        logsnr: log(α²/σ²), bounded.
+        c_in: what x_t is multiplied by before the network.
+        c_skip: what x_t counts in x̂.
+        c_out: what the network's output counts in x̂.
+    """
+
+    alpha: Any
+    sigma: Any
+    logsnr: Any
+    c_in: Any
+    c_skip: Any
+    c_out: Any
 
 
 class Preconditioned(Denoiser):
@@ -32,6 +54,7 @@ class Preconditioned(Denoiser):
     """
 
     outputs: ClassVar[int] = 1
+    known: Coefficients | None = None
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, parameterization: Parameterization) -> None:
         super().__init__()
@@ -40,37 +63,61 @@ class Preconditioned(Denoiser):
         self.parameterization = parameterization
         refuse_undefined(schedule, parameterization)
 
-    def network(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The network's own output and the coefficients that turn it into x̂.
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """The coefficients of schedule and parameterization at times t in [0, 1], `[]` or `[B]`."""
+        return self.known or coefficients(self.schedule, self.parameterization, t)
+
+    def at(self, level: NoiseLevel) -> Denoiser:
+        """With the coefficients of the level as numbers, so that no schedule is evaluated on the device."""
+        return self.replaced(known=coefficients_of(level, self.parameterization))
+
+    def network(self, x_t: Tensor, at: Coefficients, **cond: Tensor) -> Tensor:
+        """The network's own output.
 
         Arguments:
             x_t: noisy samples, `[B, *]`.
-            t: times in [0, 1], `[]` or `[B]`.
+            at: the coefficients at their times.
             cond: conditions for the network.
 
         Returns:
-            F, shape `[B, *]`, in float32 or better; c_skip and c_out, each of the shape of t.
+            F, shape `[B, *]`, in the dtype of x_t.
         """
-        return network(self.backbone, self.schedule, self.parameterization, x_t, t, **cond)
+        return network(self.backbone, x_t, at, **cond)
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        return estimate(x_t, *self.network(x_t, t, **cond))
+        at = self.coefficients(t)
+        return estimate(x_t, self.network(x_t, at, **cond), at)
 
 
-def network(
-    backbone: nn.Module, schedule: Schedule, parameterization: Parameterization, x_t: Tensor, t: Tensor, **cond: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output of a backbone, in the dtype of x_t, and c_skip and c_out, each of the shape of t."""
+def coefficients(schedule: Schedule, parameterization: Parameterization, t: Tensor) -> Coefficients:
+    """The coefficients of a schedule and a parameterization at times t."""
     alpha, sigma = schedule(t)
-    c_in, c_skip, c_out = parameterization(alpha, sigma)
-    level = logsnr(alpha, sigma).expand(x_t.shape[0])
-    output = backbone((expand_as(c_in, x_t) * x_t).to(x_t.dtype), level.to(x_t.dtype), **cond)
-    return output.to(x_t.dtype), c_skip, c_out
+    return Coefficients(alpha, sigma, logsnr(alpha, sigma), *parameterization(alpha, sigma))
 
 
-def estimate(x_t: Tensor, output: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
+def coefficients_of(level: NoiseLevel, parameterization: Parameterization) -> Coefficients | None:
+    """The coefficients of a noise level, as numbers in float64; None for one of tensors."""
+    if isinstance(level.alpha, Tensor):
+        return None
+    alpha, sigma = torch.tensor([level.alpha, level.sigma], dtype=torch.float64)
+    scales = (float(c) for c in parameterization(alpha, sigma))
+    return Coefficients(level.alpha, level.sigma, level.logsnr, *scales)
+
+
+def network(backbone: nn.Module, x_t: Tensor, at: Coefficients, **cond: Tensor) -> Tensor:
+    """The output of a backbone, in the dtype of x_t."""
+    if isinstance(at.logsnr, Tensor):
+        scaled, level = (expand_as(at.c_in, x_t) * x_t).to(x_t.dtype), at.logsnr.expand(x_t.shape[0]).to(x_t.dtype)
+    else:
+        scaled, level = at.c_in * x_t, x_t.new_full(x_t.shape[:1], at.logsnr)
+    return backbone(scaled, level, **cond).to(x_t.dtype)
+
+
+def estimate(x_t: Tensor, output: Tensor, at: Coefficients) -> Tensor:
     """x̂ = c_skip·x_t + c_out·F, in the dtype of x_t."""
-    return (expand_as(c_skip, x_t) * x_t + expand_as(c_out, x_t) * output).to(x_t.dtype)
+    if isinstance(at.c_skip, Tensor):
+        return (expand_as(at.c_skip, x_t) * x_t + expand_as(at.c_out, x_t) * output).to(x_t.dtype)
+    return (at.c_skip * x_t).add_(output, alpha=at.c_out)
 
 
 def refuse_undefined(schedule: Schedule, parameterization: Parameterization) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from diffx.conditioning import Conditioner
 from diffx.denoisers import Denoiser
 from diffx.guidance.guided import device_of
-from diffx.guidance.interval import Interval, select
+from diffx.guidance.interval import EVERYWHERE, Interval, select
+from diffx.schedules import NoiseLevel
 from diffx.utils import DiffxError, expand_as
 
 
@@ -66,6 +67,12 @@ class ClassifierGuidance(Denoiser):
         self.scale = scale
         self.interval = Interval(interval)
         self.label = label
+
+    def at(self, level: NoiseLevel) -> Denoiser:
+        if isinstance(level.sigma, Tensor):  # samples at different levels: which are within is known when asked
+            return self
+        inner = self.denoiser.at(level)
+        return self.replaced(interval=EVERYWHERE, denoiser=inner) if level in self.interval else inner
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         return self._guided(self.denoiser(x_t, t, **cond), x_t, t, cond)

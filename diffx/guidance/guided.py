@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from diffx.denoisers import Denoiser
-from diffx.guidance.interval import Interval, Rows, select
+from diffx.guidance.interval import EVERYWHERE, Interval, Rows, select
 from diffx.guidance.rules import Linear, Rule, rescaled
+from diffx.schedules import NoiseLevel
 
 
 class Guided(Denoiser, ABC):
@@ -46,7 +47,7 @@ class Guided(Denoiser, ABC):
 
     @abstractmethod
     def estimates(self, x_t: Tensor, t: Tensor, rows: Rows, **cond: Tensor) -> tuple[Tensor, Tensor]:
-        """Both estimates.
+        """Both estimates, of denoisers that are asked at t.
 
         Arguments:
             x_t: noisy samples, `[B, *]`.
@@ -57,6 +58,14 @@ class Guided(Denoiser, ABC):
         Returns:
             x̂₊ of all samples, `[B, *]`, and x̂₋ of the chosen ones, `[n, *]`.
         """
+
+    def at(self, level: NoiseLevel) -> Denoiser:
+        if isinstance(level.sigma, Tensor):  # samples at different levels: which are within is known when asked
+            return self
+        if self.scale == 1 or level not in self.interval:
+            return self.denoiser.at(level)
+        asked = {name: part.at(level) for name, part in self.named_children() if isinstance(part, Denoiser)}
+        return self.replaced(interval=EVERYWHERE, **asked)
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         rows = None if self.scale == 1 else self.interval.rows(self.schedule, t)

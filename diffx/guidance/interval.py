@@ -1,11 +1,12 @@
 """Where on the way from noise to data a guide is asked."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from diffx.schedules import Schedule
+from diffx.schedules import NoiseLevel, Schedule
 from diffx.utils import DiffxError
 
 Rows = slice | Tensor
@@ -37,8 +38,12 @@ class Interval:
             )
         self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
 
+    def __contains__(self, level: NoiseLevel) -> bool:
+        """Whether a noise level of numbers is within; decided on the host."""
+        return self.bounds is None or self.bounds[0] < math.exp(-level.logsnr / 2) <= self.bounds[1]
+
     def rows(self, schedule: Schedule, t: Tensor) -> Rows | None:
-        """The samples that are within.
+        """The samples that are within, for which a GPU is waited for; samplers ask by `Denoiser.at` instead.
 
         Arguments:
             schedule: the forward process.
@@ -55,6 +60,10 @@ class Interval:
         if inside.all():
             return slice(None)
         return inside.nonzero()[:, 0] if inside.any() else None
+
+
+EVERYWHERE = Interval()
+"""All noise levels."""
 
 
 def select(value: Tensor, rows: Rows) -> Tensor:

@@ -5,6 +5,7 @@ import math
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
+from diffx.schedules import NoiseLevel
 from diffx.utils import DiffxError, expand_as
 
 
@@ -27,6 +28,9 @@ class StaticThresholding(Denoiser):
         self.schedule = denoiser.schedule
         self.low = low
         self.high = high
+
+    def at(self, level: NoiseLevel) -> Denoiser:
+        return self.replaced(denoiser=self.denoiser.at(level))
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         return self.denoiser(x_t, t, **cond).clamp(self.low, self.high)
@@ -64,6 +68,9 @@ class DynamicThresholding(Denoiser):
         self.schedule = denoiser.schedule
         self.percentile = percentile
         self.bound = bound
+
+    def at(self, level: NoiseLevel) -> Denoiser:
+        return self.replaced(denoiser=self.denoiser.at(level))
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         return self._bounded(self.denoiser(x_t, t, **cond))

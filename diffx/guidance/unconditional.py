@@ -4,6 +4,7 @@ from torch import Tensor
 
 from diffx.conditioning import Conditioner
 from diffx.denoisers import Denoiser
+from diffx.schedules import NoiseLevel
 
 
 class ToldNothing(Denoiser):
@@ -23,6 +24,9 @@ class ToldNothing(Denoiser):
         self.denoiser = denoiser
         self.schedule = denoiser.schedule
         self.conditioner = conditioner
+
+    def at(self, level: NoiseLevel) -> Denoiser:
+        return self.replaced(denoiser=self.denoiser.at(level))
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         return self.denoiser(x_t, t, **self.conditioner.null(len(x_t), x_t.device))

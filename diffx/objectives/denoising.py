@@ -1,10 +1,10 @@
 """Weighted denoising score matching."""
 
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from diffx.denoisers import Preconditioned
 from diffx.objectives.base import Objective
-from diffx.schedules.base import logsnr
 from diffx.time_samplers import TimeSampler
 from diffx.utils import Keys, expand_as
 from diffx.weightings import Weighting
@@ -32,15 +32,16 @@ class Denoising(Objective):
 
     def forward(self, denoiser: Preconditioned, x: Tensor, keys: Keys, **cond: Tensor) -> dict[str, Tensor]:
         t, correction = self.time_sampler(denoiser.schedule, keys)
-        alpha, sigma = denoiser.schedule(t)
+        at = denoiser.coefficients(t)
+        alpha, sigma, _, _, c_skip, c_out = at
         z = keys.normal("noise", *x.shape[1:], dtype=x.dtype)
         x_t = expand_as(alpha, x) * x + expand_as(sigma, x) * z
-        output, c_skip, c_out = denoiser.network(x_t, t, **cond)
+        output = denoiser.network(x_t, at, **cond)
         # F* = (x − c_skip·x_t)/c_out with x_t written out, so that the cancellation is one of numbers, not of images
         target = expand_as((1 - c_skip * alpha) / c_out, x) * x - expand_as(c_skip * sigma / c_out, x) * z
-        error = (output - target).square().flatten(1).mean(1)
+        error = mse_loss(output, target, reduction="none").flatten(1).mean(1)
         weighted = self.weighting(denoiser, t) * c_out**2 * error
         if self.training:
-            self.time_sampler.update(t, weighted.detach().nan_to_num(posinf=0, neginf=0))
+            self.time_sampler.update(t, weighted.detach())
         loss = (weighted + self.weighting.penalty(denoiser, t)) * correction
-        return {"loss": loss, "logsnr": logsnr(alpha, sigma).detach()}
+        return {"loss": loss, "logsnr": at.logsnr.detach()}

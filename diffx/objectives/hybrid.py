@@ -52,7 +52,7 @@ class Hybrid(Objective):
         # in x̂-space: no level of a discrete model is so clean that differences of images lose their digits
         simple = self.weighting(denoiser, t) * (x_hat - x).square().flatten(1).mean(1)
         if self.training:
-            self.time_sampler.update(drawn, simple.detach().nan_to_num(posinf=0, neginf=0))
+            self.time_sampler.update(drawn, simple.detach())
         nats = step_nats(denoiser.schedule, x, x_hat.detach(), v, i, self.steps, self.levels)
         vlb = self.steps * nats / (math.prod(x.shape[1:]) * math.log(2))
         loss = (simple + self.weighting.penalty(denoiser, t) + self.vlb_weight * vlb) * correction

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler, where
+from diffx.samplers.base import Sampler, combined, where
 from diffx.samplers.phi import weights
 from diffx.schedules import NoiseLevel, Schedule
 from diffx.utils import DiffxError
@@ -66,11 +66,11 @@ class AdamsBashforth(Sampler):
         noise: Callable[..., Tensor],
         **cond: Tensor,
     ) -> tuple[Tensor, Memory]:
-        x_hat = denoiser(x_t, t.t, **cond)
+        x_hat = denoiser.at(t)(x_t, t.t, **cond)
         if not isinstance(s.sigma, Tensor) and s.sigma == 0:
             return x_hat, state
         x_s = combine(x_t, x_hat, t, s, state.plan[0], state.past)
-        eps = 1 / t.sigma * x_t - t.alpha / t.sigma * x_hat
+        eps = combined((1 / t.sigma, x_t), (-t.alpha / t.sigma, x_hat))
         return x_s, Memory(state.plan[1:], (eps, *state.past)[: self.estimates - 1])
 
 
@@ -80,7 +80,4 @@ def combine(
     """y_s = y_t + (ρ_s − ρ_t)·ε̂ + Σ_j w_j·(ε̂_j − ε̂), without a division by α_t: it may be 0 if there are no w_j."""
     scaled = [where(s.sigma == 0, 0.0, s.alpha * w) for w in weights]
     of_x = (s.sigma - sum(scaled)) / t.sigma
-    x_s = of_x * x_t + (s.alpha - of_x * t.alpha) * x_hat
-    for w, eps in zip(scaled, others, strict=True):
-        x_s = x_s + w * eps
-    return x_s
+    return combined((of_x, x_t), (s.alpha - of_x * t.alpha, x_hat), *zip(scaled, others, strict=True))

@@ -88,7 +88,24 @@ class Sampler(ABC):
         """
         # all noise levels before the loop: no schedule evaluation and no device synchronisation per step
         levels = denoiser.schedule.levels(times.to(x.device, x.dtype if x.dtype == torch.float64 else torch.float32))
-        state = self.init(denoiser, levels)
+        return self.steps(denoiser, x, levels, self.init(denoiser, levels), noise=noise, **cond)
+
+    def steps(
+        self, denoiser: Denoiser, x: Tensor, levels: list[NoiseLevel], state: Any, *, noise: Noise, **cond: Tensor
+    ) -> Iterator[Tensor]:
+        """The loop alone, in which nothing waits for the device unless a sampler finds its steps itself.
+
+        Arguments:
+            denoiser: the denoiser.
+            x: samples at the first level, `[B, *]`.
+            levels: the K + 1 noise levels of the grid.
+            state: what `init` returned for them.
+            noise: `noise(step, draw=0)` gives standard normal numbers `[B, *]`.
+            cond: conditions for the denoiser.
+
+        Yields:
+            K times the samples `[B, *]`.
+        """
         for k in range(len(levels) - 1):
             x, state = self.step(denoiser, x, levels[k], levels[k + 1], state, noise=partial(noise, k), **cond)
             yield x
@@ -108,6 +125,18 @@ class Sampler(ABC):
             return None
         first = self.warm_up[: steps - 1]
         return sum(first) + (steps - 1 - len(first)) * self.evaluations + 1
+
+
+def combined(*terms: tuple[Any, Tensor]) -> Tensor:
+    """Σ c·x, of a coefficient c, a number or a tensor that broadcasts, and a tensor x `[B, *]` per term, at least one.
+
+    With numbers one pass over the memory per term and one new tensor in all.
+    """
+    (c, x), *others = terms
+    total = c * x
+    for c, x in others:
+        total = total + c * x if isinstance(c, Tensor) else total.add_(x, alpha=c)
+    return total
 
 
 def sqrt(value: float | Tensor) -> Any:

@@ -1,8 +1,19 @@
 """Counting denoiser calls."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
+from diffx.schedules import NoiseLevel
+
+
+@dataclass
+class Counts:
+    """Calls, and samples in all of them together."""
+
+    calls: int = 0
+    samples: int = 0
 
 
 class Counted(Denoiser):
@@ -23,8 +34,22 @@ class Counted(Denoiser):
         super().__init__()
         self.denoiser = denoiser
         self.schedule = denoiser.schedule
-        self.calls = 0
-        self.samples = 0
+        self.counts = Counts()
+
+    @property
+    def calls(self) -> int:
+        return self.counts.calls
+
+    @property
+    def samples(self) -> int:
+        return self.counts.samples
+
+    @samples.setter
+    def samples(self, value: int) -> None:
+        self.counts.samples = value
+
+    def at(self, level: NoiseLevel) -> Denoiser:
+        return self.replaced(denoiser=self.denoiser.at(level))
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         self._count(x_t)
@@ -35,5 +60,5 @@ class Counted(Denoiser):
         return self.denoiser.posterior(x_t, t, s, **cond)
 
     def _count(self, x_t: Tensor) -> None:
-        self.calls += 1
-        self.samples += len(x_t)
+        self.counts.calls += 1
+        self.counts.samples += len(x_t)

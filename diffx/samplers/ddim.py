@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler, ancestral, sqrt
+from diffx.samplers.base import Sampler, ancestral, combined, sqrt
 from diffx.schedules import NoiseLevel
 
 
@@ -38,9 +38,9 @@ class DDIM(Sampler):
         noise: Callable[..., Tensor],
         **cond: Tensor,
     ) -> tuple[Tensor, None]:
-        x_hat = denoiser(x_t, t.t, **cond)
+        x_hat = denoiser.at(t)(x_t, t.t, **cond)
         ratio, variance, _ = ancestral(t, s, self.eta)
-        x_s = ratio * x_t + (s.alpha - ratio * t.alpha) * x_hat
-        if self.eta > 0:
-            x_s = x_s + sqrt(variance) * noise()
-        return x_s, None
+        mean = (ratio, x_t), (s.alpha - ratio * t.alpha, x_hat)
+        if self.eta == 0:
+            return combined(*mean), None
+        return combined(*mean, (sqrt(variance), noise())), None

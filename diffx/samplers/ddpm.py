@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler, forward_variance, sqrt, where
+from diffx.samplers.base import Sampler, combined, forward_variance, sqrt, where
 from diffx.schedules import NoiseLevel
 
 
@@ -36,7 +36,7 @@ class DDPM(Sampler):
         noise: Callable[..., Tensor],
         **cond: Tensor,
     ) -> tuple[Tensor, None]:
-        return ancestral_step(x_t, denoiser(x_t, t.t, **cond), t, s, self.v, noise), None
+        return ancestral_step(x_t, denoiser.at(t)(x_t, t.t, **cond), t, s, self.v, noise), None
 
 
 def ancestral_step(
@@ -44,9 +44,10 @@ def ancestral_step(
 ) -> Tensor:
     """x_s from x_t, given x̂ and the place v of the variance between its bounds, a number or `[B, *]`."""
     beta = forward_variance(t, s)
-    mean = (t.alpha / s.alpha) * (s.sigma / t.sigma) ** 2 * x_t + s.alpha * beta / t.sigma**2 * x_hat
+    ratio = s.sigma / t.sigma
+    mean = (t.alpha / s.alpha * ratio**2, x_t), (s.alpha * beta / t.sigma**2, x_hat)
     if not isinstance(s.sigma, Tensor) and s.sigma == 0:
-        return mean
+        return combined(*mean)
     # at the clean end of a sample 0^0 = 1 would add noise, and a learned v above 1 infinitely much
-    variance = where(s.sigma > 0, beta * (s.sigma / t.sigma) ** (2 * (1 - v)), 0.0)
-    return mean + sqrt(variance) * noise()
+    std = where(s.sigma > 0, sqrt(beta) * ratio ** (1 - v), 0.0)
+    return combined(*mean, (std, noise()))

@@ -31,5 +31,5 @@ class DDPMLearned(Sampler):
         noise: Callable[..., Tensor],
         **cond: Tensor,
     ) -> tuple[Tensor, None]:
-        x_hat, v = denoiser.posterior(x_t, t.t, s.t, **cond)
+        x_hat, v = denoiser.at(t).posterior(x_t, t.t, s.t, **cond)
         return ancestral_step(x_t, x_hat, t, s, v, noise), None

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler, is_pure_noise, rho, where
+from diffx.samplers.base import Sampler, combined, is_pure_noise, rho, where
 from diffx.samplers.between import between
 from diffx.samplers.phi import phi
 from diffx.schedules import NoiseLevel
@@ -45,7 +45,7 @@ class DPMSolver3(Sampler):
         noise: Callable[..., Tensor],
         **cond: Tensor,
     ) -> tuple[Tensor, list[tuple[NoiseLevel, ...]]]:
-        x_hat = denoiser(x_t, t.t, **cond)
+        x_hat = denoiser.at(t)(x_t, t.t, **cond)
         (m, n), rest = state[0], state[1:]
         if not isinstance(s.sigma, Tensor) and s.sigma == 0:
             return x_hat, rest
@@ -55,9 +55,10 @@ class DPMSolver3(Sampler):
         w_m = where(first_order, 0.0, n.sigma * h_n**2 / h_m * phi(2, h_n) / rho(m))
         w_n = where(first_order, 0.0, s.sigma * h**2 / h_n * phi(2, h))
         ratio_m, ratio_n, ratio = (level.sigma / t.sigma for level in (m, n, s))
-        x_hat_m = denoiser(ratio_m * x_t + (m.alpha - ratio_m * t.alpha) * x_hat, m.t, **cond)
-        x_n = ratio_n * x_t + (n.alpha - ratio_n * t.alpha - w_m) * x_hat + w_m * x_hat_m
-        x_hat_n = denoiser(x_n, n.t, **cond)
+        x_m = combined((ratio_m, x_t), (m.alpha - ratio_m * t.alpha, x_hat))
+        x_hat_m = denoiser.at(m)(x_m, m.t, **cond)
+        x_n = combined((ratio_n, x_t), (n.alpha - ratio_n * t.alpha - w_m, x_hat), (w_m, x_hat_m))
+        x_hat_n = denoiser.at(n)(x_n, n.t, **cond)
         of_m, of_n = -w_n * w_m / n.sigma, w_n / rho(n)
-        x_s = ratio * x_t + (s.alpha - ratio * t.alpha - of_m - of_n) * x_hat + of_m * x_hat_m + of_n * x_hat_n
-        return x_s, rest
+        gain = s.alpha - ratio * t.alpha - of_m - of_n
+        return combined((ratio, x_t), (gain, x_hat), (of_m, x_hat_m), (of_n, x_hat_n)), rest

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler, diffusion, sqrt, where
+from diffx.samplers.base import Sampler, combined, diffusion, sqrt, where
 from diffx.schedules import NoiseLevel
 
 
@@ -46,14 +46,13 @@ class DPMSolverPP2M(Sampler):
         noise: Callable[..., Tensor],
         **cond: Tensor,
     ) -> tuple[Tensor, Memory]:
-        x_hat = denoiser(x_t, t.t, **cond)
+        x_hat = denoiser.at(t)(x_t, t.t, **cond)
         ratio, variance = diffusion(t, s, self.eta)
         gain = s.alpha - ratio * t.alpha
-        if state is None:
-            x_s = ratio * x_t + gain * x_hat
-        else:
+        terms = [(ratio, x_t), (gain, x_hat)]
+        if state is not None:
             r = where(s.sigma == 0, 0.0, (s.logsnr - t.logsnr) / (t.logsnr - state.logsnr) / 2)
-            x_s = ratio * x_t + gain * (1 + r) * x_hat - gain * r * state.x_hat
+            terms = [(ratio, x_t), (gain * (1 + r), x_hat), (-gain * r, state.x_hat)]
         if self.eta > 0 and (isinstance(s.sigma, Tensor) or s.sigma > 0):
-            x_s = x_s + sqrt(variance) * noise()
-        return x_s, Memory(x_hat, t.logsnr)
+            terms.append((sqrt(variance), noise()))
+        return combined(*terms), Memory(x_hat, t.logsnr)

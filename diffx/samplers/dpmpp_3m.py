@@ -1,14 +1,25 @@
 """DPM-Solver++ with three steps' memory."""
 
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler, diffusion, sqrt, where
-from diffx.samplers.dpmpp_2m import Memory
+from diffx.samplers.base import Sampler, combined, diffusion, sqrt, where
 from diffx.samplers.phi import moments, weights
 from diffx.schedules import NoiseLevel
+
+
+class Memory(NamedTuple):
+    """The coefficients of the steps to come, of x_t, the estimates and the noise; and the two estimates before.
+
+    The estimates are `[B, *]`, the last one first.
+    """
+
+    plan: list[list[Any]]
+    past: tuple[Tensor, ...]
 
 
 class DPMSolverPP3M(Sampler):
@@ -30,8 +41,9 @@ class DPMSolverPP3M(Sampler):
     def __init__(self, eta: float = 0.0) -> None:
         self.eta = eta
 
-    def init(self, denoiser: Denoiser, levels: list[NoiseLevel]) -> tuple[Memory, ...]:
-        return ()
+    def init(self, denoiser: Denoiser, levels: list[NoiseLevel]) -> Memory:
+        steps = enumerate(pairwise(levels))
+        return Memory([self._coefficients(t, s, levels[max(0, k - 2) : k][::-1]) for k, (t, s) in steps], ())
 
     def step(
         self,
@@ -39,22 +51,26 @@ class DPMSolverPP3M(Sampler):
         x_t: Tensor,
         t: NoiseLevel,
         s: NoiseLevel,
-        state: tuple[Memory, ...],
+        state: Memory,
         *,
         noise: Callable[..., Tensor],
         **cond: Tensor,
-    ) -> tuple[Tensor, tuple[Memory, ...]]:
-        x_hat = denoiser(x_t, t.t, **cond)
-        known = (Memory(x_hat, t.logsnr), *state)
+    ) -> tuple[Tensor, Memory]:
+        x_hat = denoiser.at(t)(x_t, t.t, **cond)
+        known = (x_hat, *state.past)
+        memory = Memory(state.plan[1:], known[:2])
         if not isinstance(s.sigma, Tensor) and s.sigma == 0:
-            return x_hat, known[:2]
+            return x_hat, memory
+        parts = (x_t, *known) if self.eta == 0 else (x_t, *known, noise())
+        return combined(*zip(state.plan[0], parts, strict=True)), memory
+
+    def _coefficients(self, t: NoiseLevel, s: NoiseLevel, past: list[NoiseLevel]) -> list[Any]:
+        """Of x_t, of x̂ now and in the past, and of the noise if any, for one step."""
+        if not isinstance(s.sigma, Tensor) and s.sigma == 0:
+            return []  # x̂ itself
         ratio, variance = diffusion(t, s, self.eta)
-        nodes = [(level.logsnr - t.logsnr) / (s.logsnr - t.logsnr) for level in known]
+        nodes = [(level.logsnr - t.logsnr) / (s.logsnr - t.logsnr) for level in (t, *past)]
         of_past = weights(nodes, moments((1 + self.eta) * (s.logsnr - t.logsnr) / 2, len(nodes)))[1:]
         of_past = [where(s.sigma == 0, 0.0, s.alpha * w) for w in of_past]
-        x_s = ratio * x_t + (s.alpha - ratio * t.alpha - sum(of_past)) * x_hat
-        for w, level in zip(of_past, state, strict=True):
-            x_s = x_s + w * level.x_hat
-        if self.eta > 0:
-            x_s = x_s + sqrt(variance) * noise()
-        return x_s, known[:2]
+        of_noise = [sqrt(variance)] if self.eta > 0 else []
+        return [ratio, s.alpha - ratio * t.alpha - sum(of_past), *of_past, *of_noise]

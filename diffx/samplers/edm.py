@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler, forward_variance, is_pure_noise, rho, sqrt, where
+from diffx.samplers.base import Sampler, combined, forward_variance, is_pure_noise, rho, sqrt, where
 from diffx.samplers.between import at_times, times_at
 from diffx.samplers.phi import exp
 from diffx.schedules import NoiseLevel
@@ -64,14 +64,14 @@ class EDMHeun(Sampler):
         raised, rest = state[0], state[1:]
         if isinstance(t.time, Tensor) or raised.time > t.time:
             x_t, t = self._churn(x_t, t, raised, noise), raised
-        x_hat = denoiser(x_t, t.t, **cond)
+        x_hat = denoiser.at(t)(x_t, t.t, **cond)
         if not isinstance(s.sigma, Tensor) and s.sigma == 0:
             return x_hat, rest
         ratio = s.sigma / t.sigma
         gain = s.alpha - ratio * t.alpha
         w = where(s.sigma == 0, 0.0, gain / 2 * exp(where(is_pure_noise(t), 0.0, (s.logsnr - t.logsnr) / 2)))
-        x_hat_s = denoiser(ratio * x_t + gain * x_hat, s.t, **cond)
-        return ratio * x_t + (gain - w) * x_hat + w * x_hat_s, rest
+        x_hat_s = denoiser.at(s)(combined((ratio, x_t), (gain, x_hat)), s.t, **cond)
+        return combined((ratio, x_t), (gain - w, x_hat), (w, x_hat_s)), rest
 
     def _churn(self, x_t: Tensor, t: NoiseLevel, raised: NoiseLevel, noise: Callable[..., Tensor]) -> Tensor:
         """x_t with noise up to the raised level; where that is t, as it was."""
@@ -80,4 +80,4 @@ class EDMHeun(Sampler):
         same = raised.time <= t.time
         scale = where(same, 1.0, raised.alpha / t.alpha)
         variance = where(same, 0.0, forward_variance(raised, t))
-        return scale * x_t + self.S_noise * sqrt(variance) * noise()
+        return combined((scale, x_t), (self.S_noise * sqrt(variance), noise()))

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler, where
+from diffx.samplers.base import Sampler, combined, where
 from diffx.schedules import NoiseLevel
 
 
@@ -33,11 +33,11 @@ class Euler(Sampler):
         noise: Callable[..., Tensor],
         **cond: Tensor,
     ) -> tuple[Tensor, None]:
-        x_hat = denoiser(x_t, t.t, **cond)
+        x_hat = denoiser.at(t)(x_t, t.t, **cond)
         of_x, of_x_hat = derivative(t)
         h = s.time - t.time
         clean = s.sigma == 0
-        return where(clean, 0.0, 1 + h * of_x) * x_t + where(clean, 1.0, h * of_x_hat) * x_hat, None
+        return combined((where(clean, 0.0, 1 + h * of_x), x_t), (where(clean, 1.0, h * of_x_hat), x_hat)), None
 
 
 def derivative(t: NoiseLevel) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler, is_pure_noise, sqrt, where
+from diffx.samplers.base import Sampler, combined, is_pure_noise, sqrt, where
 from diffx.schedules import NoiseLevel
 
 
@@ -32,12 +32,12 @@ class EulerMaruyama(Sampler):
         noise: Callable[..., Tensor],
         **cond: Tensor,
     ) -> tuple[Tensor, None]:
-        x_hat = denoiser(x_t, t.t, **cond)
+        x_hat = denoiser.at(t)(x_t, t.t, **cond)
         ratio, gain, variance = coefficients(t, s)
-        x_s = ratio * x_t + gain * x_hat
+        mean = (ratio, x_t), (gain, x_hat)
         if not isinstance(s.sigma, Tensor) and s.sigma == 0:
-            return x_s, None
-        return x_s + sqrt(variance) * noise(), None
+            return combined(*mean), None
+        return combined(*mean, (sqrt(variance), noise())), None
 
 
 def coefficients(t: NoiseLevel, s: NoiseLevel) -> tuple[float | Tensor, float | Tensor, float | Tensor]:

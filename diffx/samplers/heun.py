@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler
+from diffx.samplers.base import Sampler, combined
 from diffx.samplers.euler import derivative
 from diffx.schedules import NoiseLevel
 
@@ -35,16 +35,16 @@ class Heun(Sampler):
         noise: Callable[..., Tensor],
         **cond: Tensor,
     ) -> tuple[Tensor, None]:
-        x_hat = denoiser(x_t, t.t, **cond)
+        x_hat = denoiser.at(t)(x_t, t.t, **cond)
         if not isinstance(s.sigma, Tensor) and s.sigma == 0:
             return x_hat, None
         (a, b), (a_s, b_s) = derivative(t), derivative(s)
         h = s.time - t.time
-        x_hat_s = denoiser((1 + h * a) * x_t + h * b * x_hat, s.t, **cond)
+        x_hat_s = denoiser.at(s)(combined((1 + h * a, x_t), (h * b, x_hat)), s.t, **cond)
         # x_t + h/2·(d + d_s) with the predictor inserted into d_s: three multiples of tensors instead of five
         of_x = 1 + h / 2 * (a + a_s * (1 + h * a))
         of_x_hat = h / 2 * b * (1 + h * a_s)
-        x_s = of_x * x_t + of_x_hat * x_hat + h / 2 * b_s * x_hat_s
+        x_s = combined((of_x, x_t), (of_x_hat, x_hat), (h / 2 * b_s, x_hat_s))
         if isinstance(s.sigma, Tensor):  # some samples may reach the clean end before others
             x_s = torch.where(s.sigma == 0, x_hat, x_s)
         return x_s, None

@@ -1,7 +1,6 @@
 """Pseudo numerical methods."""
 
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from diffx.denoisers import Denoiser
 from diffx.samplers.adams_bashforth import combine
-from diffx.samplers.base import Sampler, is_pure_noise, rho, where
+from diffx.samplers.base import Sampler, combined, is_pure_noise, rho, where
 from diffx.samplers.between import at_times
 from diffx.schedules import NoiseLevel
 
@@ -53,12 +52,12 @@ class PNDM(Sampler):
         noise: Callable[..., Tensor],
         **cond: Tensor,
     ) -> tuple[Tensor, Memory]:
-        x_hat = denoiser(x_t, t.t, **cond)
+        x_hat = denoiser.at(t)(x_t, t.t, **cond)
         if not isinstance(s.sigma, Tensor) and s.sigma == 0:
             return x_hat, state
         eps = noise_estimate(x_t, x_hat, t)
         if state.middles:
-            x_s = runge_kutta(partial(denoiser, **cond), x_t, x_hat, t, state.middles[0], s)
+            x_s = runge_kutta(denoiser, cond, x_t, x_hat, t, state.middles[0], s)
         else:
             x_s = combine(x_t, x_hat, t, s, [(rho(s) - rho(t)) * c for c in OF_PAST], state.past)
         return x_s, Memory(state.middles[1:], (eps, *state.past)[:3])
@@ -67,16 +66,22 @@ class PNDM(Sampler):
 def noise_estimate(x_t: Tensor, x_hat: Tensor, t: NoiseLevel) -> Tensor:
     """ε̂ = (x_t − α_t·x̂)/σ_t, and anything finite at the clean end."""
     sigma_t = where(t.sigma == 0, 1.0, t.sigma)
-    return 1 / sigma_t * x_t - t.alpha / sigma_t * x_hat
+    return combined((1 / sigma_t, x_t), (-t.alpha / sigma_t, x_hat))
 
 
 def runge_kutta(
-    denoiser: Callable[..., Tensor], x_t: Tensor, x_hat: Tensor, t: NoiseLevel, m: NoiseLevel, s: NoiseLevel
+    denoiser: Denoiser,
+    cond: dict[str, Tensor],
+    x_t: Tensor,
+    x_hat: Tensor,
+    t: NoiseLevel,
+    m: NoiseLevel,
+    s: NoiseLevel,
 ) -> Tensor:
     """The classical method of four stages, each an estimate ε̂ for a step of DDIM from t (Eq. 13)."""
 
     def estimate(x: Tensor, level: NoiseLevel) -> Tensor:
-        return noise_estimate(x, denoiser(x, level.t), level)
+        return noise_estimate(x, denoiser.at(level)(x, level.t, **cond), level)
 
     # from pure noise, where no ε̂ but its own can be put to DDIM's step, all stages are DDIM
     to_m, to_s = (where(is_pure_noise(t), 0.0, rho(level) - rho(t)) for level in (m, s))

@@ -1,13 +1,13 @@
 """Langevin corrections between a solver's steps."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler, where
+from diffx.samplers.base import Sampler, combined, where
 from diffx.samplers.ddpm import DDPM
 from diffx.schedules import NoiseLevel
 
@@ -55,16 +55,17 @@ class PredictorCorrector(Sampler):
         if not isinstance(s.sigma, Tensor) and s.sigma == 0:
             return x_s, state
         for draw in range(FIRST_DRAW, FIRST_DRAW + self.corrections):
-            x_s = self._correct(partial(denoiser, **cond), x_s, s, noise(draw=draw))
+            x_s = self._correct(x_s, denoiser.at(s)(x_s, s.t, **cond), s, noise(draw=draw))
         return x_s, state
 
-    def _correct(self, denoiser: Callable[..., Tensor], x_s: Tensor, s: NoiseLevel, z: Tensor) -> Tensor:
+    def _correct(self, x_s: Tensor, x_hat: Tensor, s: NoiseLevel, z: Tensor) -> Tensor:
+        sigma = where(s.sigma == 0, 1.0, s.sigma)
         # −σ·score, of the scale of z: only the ratio of the norms counts
-        eps = (x_s - s.alpha * denoiser(x_s, s.t)) / where(s.sigma == 0, 1.0, s.sigma)
-        step = self.r * (norm(z) / norm(eps).clamp(min=1e-12))
-        return x_s + s.sigma * (2 * step * z - 2 * step**2 * eps)
+        eps = combined((1 / sigma, x_s), (-s.alpha / sigma, x_hat))
+        step = self.r * (norm(z) / norm(eps).clamp_(min=1e-12))
+        return x_s.addcmul(s.sigma * step, z, value=2).addcmul_(s.sigma * step**2, eps, value=-2)
 
 
 def norm(x: Tensor) -> Tensor:
     """‖x‖ of each sample, `[B, 1, …, 1]`."""
-    return x.flatten(1).norm(dim=1).reshape(-1, *(1,) * (x.ndim - 1))
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)

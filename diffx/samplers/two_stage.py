@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler, ancestral, sqrt, where
+from diffx.samplers.base import Sampler, ancestral, combined, sqrt, where
 from diffx.samplers.between import between
 from diffx.schedules import NoiseLevel
 
@@ -46,7 +46,7 @@ class TwoStage(Sampler):
         noise: Callable[..., Tensor],
         **cond: Tensor,
     ) -> tuple[Tensor, list[tuple[NoiseLevel, ...]]]:
-        x_hat = denoiser(x_t, t.t, **cond)
+        x_hat = denoiser.at(t)(x_t, t.t, **cond)
         (m,), rest = state[0], state[1:]
         if not isinstance(s.sigma, Tensor) and s.sigma == 0:
             return x_hat, rest
@@ -55,8 +55,8 @@ class TwoStage(Sampler):
         w = gain * self.weight(t, m, (m.logsnr - t.logsnr) / (logsnr - t.logsnr))
         w = where(s.sigma == 0, 0.0, w)
         ratio_m = m.sigma / t.sigma
-        x_hat_m = denoiser(ratio_m * x_t + (m.alpha - ratio_m * t.alpha) * x_hat, m.t, **cond)
-        x_s = ratio * x_t + (gain - w) * x_hat + w * x_hat_m
+        x_m = combined((ratio_m, x_t), (m.alpha - ratio_m * t.alpha, x_hat))
+        terms = [(ratio, x_t), (gain - w, x_hat), (w, denoiser.at(m)(x_m, m.t, **cond))]
         if self.eta > 0:
-            x_s = x_s + sqrt(variance) * noise()
-        return x_s, rest
+            terms.append((sqrt(variance), noise()))
+        return combined(*terms), rest

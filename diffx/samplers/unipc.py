@@ -1,29 +1,35 @@
 """UniPC."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from diffx.denoisers import Denoiser
-from diffx.samplers.base import Sampler, is_pure_noise, where
+from diffx.samplers.base import Sampler, combined, is_pure_noise, where
 from diffx.samplers.phi import moments, weights
 from diffx.schedules import NoiseLevel
 from diffx.utils import DiffxError
 
 
-class Known(NamedTuple):
-    """A noise level of the past and the estimate x̂ `[B, *]` there."""
+class Step(NamedTuple):
+    """The coefficients of x_t, x̂_t and further estimates in the integral of a step: predicting, and corrected."""
 
-    level: NoiseLevel
-    x_hat: Tensor
+    predictor: list[Any]
+    corrector: list[Any]
 
 
 class Memory(NamedTuple):
-    """The corrected samples of the step before, `[B, *]`, and the estimates known, the last one first."""
+    """The steps to come; of the step before, its corrected samples `[B, *]` and how it is corrected; the estimates.
 
-    x: Tensor
-    past: tuple[Known, ...]
+    The estimates are those known, `[B, *]`, the last one first.
+    """
+
+    plan: list[Step]
+    x: Tensor | None
+    corrector: list[Any]
+    past: tuple[Tensor, ...]
 
 
 class UniPC(Sampler):
@@ -50,43 +56,49 @@ class UniPC(Sampler):
         self.b = b
         self.order = min(order + 1, 3)
 
+    def init(self, denoiser: Denoiser, levels: list[NoiseLevel]) -> Memory:
+        plan = []
+        for k, (t, s) in enumerate(pairwise(levels)):
+            if not isinstance(s.sigma, Tensor) and s.sigma == 0:
+                plan.append(Step([], []))  # x̂ itself
+                continue
+            past = levels[max(0, k + 1 - self.estimates) : k][::-1]
+            # as many estimates as the prediction had, and the one at its end
+            plan.append(Step(self._coefficients(t, s, past), self._coefficients(t, s, [*past, s])))
+        return Memory(plan, None, [], ())
+
     def step(
         self,
         denoiser: Denoiser,
         x_t: Tensor,
         t: NoiseLevel,
         s: NoiseLevel,
-        state: Memory | None,
+        state: Memory,
         *,
         noise: Callable[..., Tensor],
         **cond: Tensor,
     ) -> tuple[Tensor, Memory]:
-        here = Known(t, denoiser(x_t, t.t, **cond))
+        x_hat = denoiser.at(t)(x_t, t.t, **cond)
+        (predictor, corrector), rest = state.plan[0], state.plan[1:]
         if not isinstance(s.sigma, Tensor) and s.sigma == 0:
-            return here.x_hat, Memory(x_t, (here,))
-        past: tuple[Known, ...] = ()
-        if state is not None:
-            past = state.past
-            # as many estimates as the prediction had, and the one at its end
-            x_t = self._integrate(state.x, past[0], t, (*past[1 : self.estimates], here))
-        past = (here, *past)[: self.estimates]
-        return self._integrate(x_t, here, s, past[1:]), Memory(x_t, past)
+            return x_hat, Memory(rest, x_t, corrector, (x_hat,))
+        if state.x is not None:
+            x_t = combined(*zip(state.corrector, (state.x, *state.past, x_hat), strict=True))
+        known = (x_hat, *state.past)[: self.estimates]
+        x_s = combined(*zip(predictor, (x_t, *known), strict=True))
+        return x_s, Memory(rest, x_t, corrector, known)
 
-    def _integrate(self, x: Tensor, start: Known, s: NoiseLevel, others: tuple[Known, ...]) -> Tensor:
-        """From x at a level with an estimate to s, by the polynomial through that and other estimates."""
-        t = start.level
+    def _coefficients(self, t: NoiseLevel, s: NoiseLevel, others: Sequence[NoiseLevel]) -> list[Any]:
+        """Those of a step from t to s by the polynomial through the estimates at t and at other levels."""
         h = (s.logsnr - t.logsnr) / 2
-        nodes = [(known.level.logsnr - t.logsnr) / (s.logsnr - t.logsnr) for known in others]
+        nodes = [(level.logsnr - t.logsnr) / (s.logsnr - t.logsnr) for level in others]
         if len(nodes) == 1:
             of_others = [self._b(t, h) / 2 / nodes[0]]
         else:
             of_others = weights([0.0, *nodes], moments(h, len(nodes) + 1))[1:]
         scaled = [where(s.sigma == 0, 0.0, s.alpha * w) for w in of_others]
         ratio = s.sigma / t.sigma
-        x_s = ratio * x + (s.alpha - ratio * t.alpha - sum(scaled)) * start.x_hat
-        for w, known in zip(scaled, others, strict=True):
-            x_s = x_s + w * known.x_hat
-        return x_s
+        return [ratio, s.alpha - ratio * t.alpha - sum(scaled), *scaled]
 
     def _b(self, t: NoiseLevel, h: Any) -> Any:
         # from pure noise h is infinite, and B_1 no weight

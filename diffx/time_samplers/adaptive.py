@@ -58,7 +58,8 @@ class Adaptive(TimeSampler, nn.Module):
 
     @torch.no_grad()
     def update(self, t: Tensor, loss: Tensor) -> None:
-        t, loss = over_ranks(torch.stack([t, loss.to(t.dtype)], dim=1)).unbind(1)
+        loss = loss.nan_to_num(posinf=0, neginf=0).to(t.dtype)
+        t, loss = over_ranks(torch.stack([t, loss], dim=1)).unbind(1)
         mine = of_each(bin_of(t, self.edges), self.bins).double()
         self.sums += torch.stack([(mine * loss[:, None]).sum(0), mine.sum(0)])
 

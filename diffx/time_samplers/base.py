@@ -36,5 +36,5 @@ class TimeSampler(ABC):
 
         Arguments:
             t: the times drawn, shape `[B]`.
-            loss: the weighted loss of each sample, not corrected, shape `[B]`.
+            loss: the weighted loss of each sample, not corrected, shape `[B]`; what is not finite counts as 0.
         """

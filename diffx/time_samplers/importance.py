@@ -53,7 +53,8 @@ class Importance(TimeSampler, nn.Module):
 
     @torch.no_grad()
     def update(self, t: Tensor, loss: Tensor) -> None:
-        t, loss = over_ranks(torch.stack([t, loss.to(t.dtype)], dim=1)).unbind(1)
+        loss = loss.nan_to_num(posinf=0, neginf=0).to(t.dtype)
+        t, loss = over_ranks(torch.stack([t, loss], dim=1)).unbind(1)
         j = bin_of(t, self.edges)
         mine = of_each(j, self.bins)
         slots = self.history.shape[1]
