@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -13,15 +14,39 @@ from diffx.data import StreamLoader
 from diffx.training.energy import EnergyMeter
 from diffx.training.flops import training_flops
 from diffx.training.module import DiffusionModule
+from diffx.training.processes import over_ranks
+from diffx.utils.transfer import HostCopy, to_device
 
 LOGSNR_EDGES = (-8.0, -4.0, 0.0, 4.0, 8.0)
 """Edges of the noise-level bins: `loss/logsnr<-8`, …, `loss/logsnr>8`."""
 
 
+@dataclass(frozen=True)
+class _Window:
+    """A window that has ended.
+
+    Arguments:
+        step: the optimizer step at its end.
+        new_images: images seen in it, on all ranks.
+        images: images seen in training.
+        elapsed: its seconds, without evaluations.
+        lr: the learning rate.
+        values: the sums of all ranks: losses and counts by noise level, costs, terms; and the gradient's norm.
+    """
+
+    step: int
+    new_images: int
+    images: int
+    elapsed: float
+    lr: float
+    values: HostCopy
+
+
 class TrainingLog(L.Callback):
     """Means over each window of n steps, written by the loggers at its end.
 
-    Sums stay on the device: a step costs two small operations and no synchronisation.
+    Sums stay on the device: a step costs a few small operations and no synchronisation. On a GPU a row is written a
+    step after its window has ended, when its numbers have come to the host.
 
     Beside the loss stand the costs so far, without evaluations: images, floating point operations, device-seconds and,
     where the driver tells, energy.
@@ -44,6 +69,8 @@ class TrainingLog(L.Callback):
         self._clock = (0.0, 0)
         self._waited = (0.0, 0)
         self._meter = EnergyMeter()
+        self._closed: _Window | None = None
+        self._names: list[str] = []
 
     def leave_out(self, seconds: float) -> None:
         """Tells of time in this window that was not spent on training."""
@@ -51,10 +78,9 @@ class TrainingLog(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the open window of all ranks, so that a resumed run logs what the uninterrupted one logs."""
-        checkpoint["training_log"] = _over_ranks(trainer, self.sums.clone()).cpu()
-        checkpoint["training_log_terms"] = {
-            name: _over_ranks(trainer, value.clone()).cpu() for name, value in self.terms.items()
-        }
+        self._write(trainer)
+        checkpoint["training_log"] = over_ranks(self.sums.clone())
+        checkpoint["training_log_terms"] = {name: over_ranks(value.clone()) for name, value in self.terms.items()}
         open_window = (time.perf_counter() - self._clock[0]) * trainer.world_size
         checkpoint["training_log_costs"] = {
             "device_seconds": self.device_seconds + open_window,
@@ -91,6 +117,7 @@ class TrainingLog(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Adds the batch to the window; at its end writes the means."""
+        self._write(trainer)
         losses = outputs["losses"]
         finite = losses.isfinite()  # the others are told of elsewhere
         terms = torch.stack([losses.where(finite, 0), finite.to(losses.dtype)], dim=1).to(self.sums.dtype)
@@ -100,67 +127,74 @@ class TrainingLog(L.Callback):
             self.terms[name] = self.terms.get(name, 0) + value.sum()
         if trainer.global_step % self.every_n_steps == 0 and not trainer.fit_loop._should_accumulate():
             assert isinstance(pl_module, DiffusionModule)
-            self._write(trainer, pl_module)
+            self._close(trainer, pl_module)
+            if pl_module.device.type == "cpu":
+                self._write(trainer)
 
-    def _write(self, trainer: L.Trainer, module: DiffusionModule) -> None:
-        sums = _over_ranks(trainer, self.sums)
-        total, count = sums.sum(0).tolist()
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the last window."""
+        self._write(trainer)
+
+    def _close(self, trainer: L.Trainer, module: DiffusionModule) -> None:
+        """Ends the window: the sums of all ranks set out for the host, in one piece."""
         now, step = time.perf_counter(), trainer.global_step
         elapsed, steps = now - self._clock[0], step - self._clock[1]
-        images = step * module.batch_size
-        self.latest = {
-            "loss": total / count if count else math.nan,
-            "images": images,
-            **self._costs(trainer, images, elapsed),
-            "images_per_second": steps * module.batch_size / elapsed if elapsed > 0 else math.nan,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            **{
-                f"loss/{name}": (_over_ranks(trainer, value) / max(count, 1)).item()
-                for name, value in self.terms.items()
-            },
-            **by_noise_level(sums.tolist()),
-            **self._reading(trainer, elapsed),
-        }
-        if module.grad_norm is not None:
-            self.latest["grad_norm"] = module.grad_norm.item()
+        costs = [elapsed, self._meter.joules(), *self._reading(trainer)]
+        parts = [self.sums.flatten(), to_device(costs, self.sums.device), *(v[None] for v in self.terms.values())]
+        values = over_ranks(torch.cat(parts))
+        if module.grad_norm is not None:  # the same on all ranks
+            values = torch.cat([values, module.grad_norm[None]])
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        self._closed = _Window(step, steps * module.batch_size, step * module.batch_size, elapsed, lr, HostCopy(values))
+        self._names = list(self.terms)
         self._clock = (now, step)
         self.sums.zero_()
         self.terms = {}
-        for logger in trainer.loggers:
-            logger.log_metrics(self.latest, step=step)
-        self._stop_if_spent(trainer)
 
-    def _costs(self, trainer: L.Trainer, images: int, elapsed: float) -> dict[str, float]:
-        """What training has cost so far, on all ranks."""
-        spent = _over_ranks(trainer, torch.tensor([elapsed, self._meter.joules()], device=self.sums.device)).tolist()
-        self.device_seconds += spent[0]
-        self.joules += spent[1]
-        costs = {"device_seconds": self.device_seconds, "flops": (self.flops_per_image or math.nan) * images}
-        return costs | ({"energy_kwh": self.joules / 3.6e6} if self._meter.tells else {})
+    def _write(self, trainer: L.Trainer) -> None:
+        """Writes the window that has been closed, if there is one."""
+        window, self._closed = self._closed, None
+        if window is None:
+            return
+        values = window.values.read()
+        sums, values = values[: self.sums.numel()].reshape(self.sums.shape), values[self.sums.numel() :].tolist()
+        total, count = sums.sum(0).tolist()
+        (elapsed, joules, waited, replaced), values = values[:4], values[4:]
+        self.device_seconds += elapsed
+        self.joules += joules
+        self.latest = {
+            "loss": total / count if count else math.nan,
+            "images": window.images,
+            "device_seconds": self.device_seconds,
+            "flops": (self.flops_per_image or math.nan) * window.images,
+            **({"energy_kwh": self.joules / 3.6e6} if self._meter.tells else {}),
+            "images_per_second": window.new_images / window.elapsed if window.elapsed > 0 else math.nan,
+            "lr": window.lr,
+            **{f"loss/{name}": value / max(count, 1) for name, value in zip(self._names, values, strict=False)},
+            **by_noise_level(sums.tolist()),
+        }
+        if isinstance(trainer.train_dataloader, StreamLoader):
+            share = waited / trainer.world_size / window.elapsed if window.elapsed > 0 else math.nan
+            self.latest |= {"data_wait": share} | ({"data_replaced": replaced} if replaced else {})
+        if len(values) > len(self._names):
+            self.latest["grad_norm"] = values[-1]
+        for logger in trainer.loggers:
+            logger.log_metrics(self.latest, step=window.step)
+        self._stop_if_spent(trainer)
 
     def _stop_if_spent(self, trainer: L.Trainer) -> None:
         # all ranks have the same sum
         if self.max_device_seconds is not None and self.device_seconds >= self.max_device_seconds:
             trainer.should_stop = True
 
-    def _reading(self, trainer: L.Trainer, elapsed: float) -> dict[str, float]:
-        """The share of the window's time spent waiting for data, and the samples that had to be replaced."""
+    def _reading(self, trainer: L.Trainer) -> tuple[float, float]:
+        """The seconds of this window spent waiting for data, and the samples that had to be replaced."""
         loader = trainer.train_dataloader
         if not isinstance(loader, StreamLoader):
-            return {}
+            return 0.0, 0.0
         waited, replaced = loader.waited - self._waited[0], loader.replaced - self._waited[1]
         self._waited = loader.waited, loader.replaced
-        total = _over_ranks(trainer, self.sums.new_tensor([waited, replaced])).tolist()
-        shares = {"data_wait": total[0] / trainer.world_size / elapsed if elapsed > 0 else math.nan}
-        return shares | ({"data_replaced": total[1]} if loader.replaced or total[1] else {})
-
-
-def _over_ranks(trainer: L.Trainer, sums: Tensor) -> Tensor:
-    if trainer.world_size == 1:
-        return sums
-    total = trainer.strategy.reduce(sums, reduce_op="sum")
-    assert isinstance(total, Tensor)
-    return total
+        return waited, replaced
 
 
 def by_noise_level(sums: list[list[float]]) -> dict[str, float]:

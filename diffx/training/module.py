@@ -21,6 +21,9 @@ from diffx.training.ema import EMA
 from diffx.training.lr_schedules import LRSchedule
 from diffx.utils import Keys
 
+NONE = torch.iinfo(torch.int64).max
+"""In the place of a sample number: there is none."""
+
 
 class DiffusionModule(L.LightningModule):
     """Trains a denoiser and keeps its EMA.
@@ -36,6 +39,10 @@ class DiffusionModule(L.LightningModule):
         seed: the seed of all random numbers of training.
         batch_size: the global batch, over all ranks and accumulated micro-batches.
         augmentation: what is done to the encoded samples; nothing by default.
+
+    Attributes:
+        grad_norm: the norm of the last clipped gradient, `[]`.
+        first_nonfinite: the number of the first sample without a finite loss or gradient, int64 `[]`, or `NONE`.
     """
 
     def __init__(
@@ -63,7 +70,7 @@ class DiffusionModule(L.LightningModule):
         self.batch_size = batch_size
         self.augmentation = augmentation or NoAugmentation()
         self.grad_norm: Tensor | None = None
-        self.first_nonfinite = torch.tensor(-1)  # −1: none; on the device, so that no step waits for it
+        self.first_nonfinite = torch.tensor(NONE)  # on the device, so that no step waits for it
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """The loss of a micro-batch.
@@ -87,10 +94,15 @@ class DiffusionModule(L.LightningModule):
 
     def _watch(self, losses: Tensor, index: Tensor) -> None:
         """Remembers the first sample whose loss is not finite, over all steps until somebody asks."""
-        none = torch.iinfo(torch.int64).max
-        first = torch.where(losses.isfinite(), none, index).min()
-        seen = self.first_nonfinite
-        self.first_nonfinite = torch.where((seen < 0) & (first < none), first, seen)
+        first = index.masked_fill(losses.isfinite(), NONE).min()
+        self.first_nonfinite = torch.minimum(first, self.first_nonfinite)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in any module, but at once where Lightning notes which hook runs, forty times per step."""
+        if name == "_current_fx_name":  # a string: torch would look for what else it could be
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the autoencoder out: it is frozen, and can be larger than the model."""
@@ -119,8 +131,8 @@ class DiffusionModule(L.LightningModule):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self.grad_norm = norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
             first = self.trainer.global_step * self.batch_size
-            unseen = ~norm.isfinite() & (self.first_nonfinite < 0)
-            self.first_nonfinite = torch.where(unseen, first, self.first_nonfinite)
+            fine = norm.isfinite() | (self.first_nonfinite < NONE)
+            self.first_nonfinite = torch.where(fine, self.first_nonfinite, first)
 
     def optimizer_step(
         self,
@@ -133,6 +145,18 @@ class DiffusionModule(L.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # Lightning counts the step after this hook
         self.ema.update(self.denoiser, self.trainer.global_step + 1)
+
+    def on_train_start(self) -> None:
+        """Gives what an optimizer has been loaded with the memory layout of its parameters.
+
+        A checkpoint may come from a run of the other layout, and fused optimizers go through memory as it lies.
+        """
+        optimizers = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizers, torch.optim.Optimizer)
+        for parameter, state in optimizers.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Seeds the network's drop-out from the step, so that a resumed run drops what the first would have dropped."""

@@ -12,6 +12,7 @@ import hashlib
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,20 @@ def mix64(z: Tensor) -> Tensor:
     z = (z >> 30).bitwise_and_(0x3FFFFFFFF).bitwise_xor_(z).mul_(_MIX_1)
     z = (z >> 27).bitwise_and_(0x1FFFFFFFFF).bitwise_xor_(z).mul_(_MIX_2)
     return (z >> 31).bitwise_and_(0x1FFFFFFFF).bitwise_xor_(z)
+
+
+def _mix64(z: np.ndarray) -> np.ndarray:
+    """`mix64` of uint64."""
+    z = z ^ (shifted := z >> _SHIFT_1)
+    z *= _FACTOR_1
+    z ^= np.right_shift(z, _SHIFT_2, out=shifted)
+    z *= _FACTOR_2
+    z ^= np.right_shift(z, _SHIFT_3, out=shifted)
+    return z
+
+
+_SHIFT_1, _SHIFT_2, _SHIFT_3 = (np.uint64(shift) for shift in (30, 27, 31))
+_FACTOR_1, _FACTOR_2, _STEP = (np.uint64(factor % 2**64) for factor in (_MIX_1, _MIX_2, _GAMMA))
 
 
 class Keys:
@@ -61,8 +76,14 @@ class Keys:
 
     def bits(self, stream: str, count: int) -> Tensor:
         """Random bits, int64 `[B, count]`; different streams are independent."""
-        address = mix64((self.index + _address(self.seed, stream, self.step)).mul_(_GAMMA))
-        return mix64(address[:, None] ^ _positions(count, self.index.device))
+        start, positions = _address(self.seed, stream, self.step), _positions(count, self.index.device)
+        if self.index.device.type == "cpu":
+            # the same in numpy, which has an unsigned shift, and whose calls cost a third of torch's on short arrays
+            address = _mix64((self.index.numpy().view(np.uint64) + np.uint64(start % 2**64)) * _STEP)
+            bits = _mix64(address[:, None] ^ positions.numpy().view(np.uint64))
+            return torch.from_numpy(bits.view(np.int64))
+        address = mix64((self.index + start).mul_(_GAMMA))
+        return mix64(address[:, None] ^ positions)
 
     def uniform(self, stream: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uniform numbers in the open interval (0, 1), shape `[B, *shape]`."""
@@ -78,10 +99,12 @@ class Keys:
         bits = self.bits(stream, half)
         # from here on in place: a batch of images is large enough for its allocations to count
         radius = _unit(bits >> 32, 32, torch.float64).log_().mul_(-2).sqrt_()
-        angle = bits.bitwise_and_(0xFFFFFFFF).to(torch.float64).mul_(2 * math.pi / 2**32)
+        angle = _float64(bits.bitwise_and_(0xFFFFFFFF), 0.0, 2 * math.pi / 2**32)
+        if count == 1:
+            return angle.cos_().mul_(radius).to(dtype).reshape(len(self), *shape)
         both = torch.empty(len(self), 2 * half, dtype=dtype, device=bits.device)
-        both[:, :half] = angle.cos().mul_(radius)
-        both[:, half:] = angle.sin_().mul_(radius)
+        torch.mul(angle.cos(), radius, out=both[:, :half])
+        torch.mul(angle.sin_(), radius, out=both[:, half:])
         return both[:, :count].reshape(len(self), *shape)
 
 
@@ -92,9 +115,19 @@ def permutation(seed: int, stream: str, epoch: int, n: int) -> Tensor:
 
 def _unit(bits: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The centres of 2^width equal cells of (0, 1), from signed integers of that width."""
-    value = bits.to(torch.float64).add_(2.0 ** (width - 1) + 0.5).mul_(2.0**-width)
+    value = _float64(bits, 2.0 ** (width - 1) + 0.5, 2.0**-width)
     # float32 rounds the last cells up to 1, which is no value of the open interval
     return value if dtype == torch.float64 else value.to(dtype).clamp_(max=1 - torch.finfo(dtype).eps / 2)
+
+
+def _float64(bits: Tensor, offset: float, factor: float) -> Tensor:
+    """(bits + offset)·factor."""
+    if bits.device.type == "cpu":
+        value = bits.numpy().astype(np.float64)
+        value += offset
+        value *= factor
+        return torch.from_numpy(value)
+    return bits.to(torch.float64).add_(offset).mul_(factor)
 
 
 @lru_cache(maxsize=1024)
