@@ -158,8 +158,8 @@ def test_flops_are_those_of_the_paper():
             self.denoiser = Preconditioned(network, build("schedule", "linear"), build("parameterization", "v"))
 
         def training_step(self, batch, _):
-            output, _, _ = self.denoiser.network(batch["x"], torch.full((2,), 0.5), label=batch["index"])
-            return {"loss": output.sum()}
+            at = self.denoiser.coefficients(torch.full((2,), 0.5))
+            return {"loss": self.denoiser.network(batch["x"], at, label=batch["index"]).sum()}
 
     flops = training_flops(Module(), {"x": torch.zeros(8, 4, 32, 32), "index": torch.arange(8)})
     assert flops == pytest.approx(3 * 2 * 6.06e9, rel=0.03)

@@ -28,10 +28,12 @@ from diffx.cli.compose import compose_config
 from diffx.cli.execute import execute
 from diffx.cli.train import train
 from diffx.experiment import Run, locate
+from diffx.experiment.run import step_of
 from diffx.experiment.same import TIMES
 from diffx.objectives import Denoising, Objective
 from diffx.pictures import save_grid
 from diffx.training import EMA
+from diffx.training.checkpoint_files import read_checkpoint
 from diffx.training.flops import training_flops
 from diffx.training.log import LOGSNR_EDGES
 from diffx.training.loggers import CSVLogger
@@ -116,7 +118,7 @@ def trained(root, *overrides, action=None, console=None):
 def checkpoint_of(run, step=None):
     """A checkpoint's content, the last one's by default."""
     file = run.checkpoints / f"step={step:08d}.ckpt" if step else run.newest_checkpoint()[0]
-    return torch.load(file, weights_only=True)
+    return read_checkpoint(file)
 
 
 def metrics_of(run):
@@ -233,10 +235,11 @@ def test_killed_goes_back_to_the_last_checkpoint(killed, uninterrupted):
     root, overrides = killed
     _, run = arm_and_run(root, *overrides)
     assert run.state == "running"
-    assert run.newest_checkpoint()[0].name == "step=00000015.ckpt"
+    newest = step_of(run.newest_checkpoint()[0])
+    assert newest in (10, 15)  # the last one may not have been on disk yet
     console = Console(file=io.StringIO())
     code, _, run = trained(root, *overrides, console=console)
-    assert "resuming at step 15" in console.file.getvalue()
+    assert f"resuming at step {newest}" in console.file.getvalue()
     assert code == 0 and run.state == "finished"
     assert_same_training(run, uninterrupted)
 
@@ -359,6 +362,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
 
     def fill(module, count):
         if count == 7:
+            module.trainer.callbacks[-1].wait()  # for the one of step 5
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
 
     try:
@@ -514,7 +518,7 @@ def test_compilation_leaves_names_and_weights_alone(tmp_path, monkeypatch):
     _, _, reference = trained(tmp_path / "a", "training.max_steps=3")
     assert compiled.count == 0
     _, arm, run = trained(tmp_path / "b", "training.max_steps=3", "trainer.compile=true")
-    assert compiled.count == 1
+    assert compiled.count == 2  # the network and its average
     assert not any("_orig_mod" in name for name in checkpoint_of(run)["state_dict"])
     assert not any("_orig_mod" in name for name in arm.module.state_dict())
     assert run.weights.read_bytes() == reference.weights.read_bytes()

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 
 from diffx.augmentations import Augmentation
 from diffx.autoencoders import Autoencoder, Variational
+from diffx.cli.switches import check_switches
 from diffx.cli.types import locate_target
 from diffx.conditioning import Conditioner
 from diffx.data import DataSource
@@ -196,6 +197,8 @@ def generators(
             autoencoder.latent_shape(source.channels, source.image_size),
             config["evaluation"]["seed"],
             source.num_classes if null else 0,
+            config["evaluation"].get("precision", "32-true"),  # a config of an older run has no choice
+            static_shapes=bool(config["trainer"]["compile"]),
         )
 
     return generator
@@ -230,6 +233,8 @@ def check(arm: Arm, here: bool = True) -> None:
         raise DiffxError(
             f"trainer.devices={trainer['devices']}, but this machine has {torch.cuda.device_count()}; ask for fewer"
         )
+    if here:
+        check_switches(config)
     arm.source.prepare()
     arm.source.check()
     # what fits into memory is decoded now, so that a corrupt file is found before anything is written

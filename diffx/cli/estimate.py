@@ -12,6 +12,7 @@ import torch
 
 from diffx.cli.build import Arm, build, check, final_points, points
 from diffx.cli.measure import best_device
+from diffx.cli.switches import switch_on, variants
 from diffx.data import DataSource
 from diffx.data.base import SplitName
 from diffx.data.stream import GlobalBatches
@@ -84,6 +85,45 @@ def estimate(arms: Sequence[tuple[Run, Config]], seconds: float = SECONDS, start
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # training itself will warn
         return [_estimate(run, config, seconds, start_up, known) for run, config in arms]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Training with one switch more than a config has.
+
+    Arguments:
+        words: what is to be typed; empty for the config as it is.
+        images_per_second: in one process.
+        memory: bytes at most.
+        start: seconds before steps are that fast, compilation included.
+        problem: why it could not be tried out, in words.
+    """
+
+    words: str
+    images_per_second: float = float("nan")
+    memory: int = 0
+    start: float = float("nan")
+    problem: str = ""
+
+
+def gains(config: Config, seconds: float) -> list[Gain]:
+    """Trains a little with each switch that a config leaves off, the first time with none of them.
+
+    Arguments:
+        config: the whole config.
+        seconds: how long steps are timed, each time.
+    """
+    device, found = best_device(config["trainer"]["accelerator"]), []
+    for words, changed in [("", config), *variants(config, device)]:
+        torch.compiler.reset()
+        try:
+            speed, _ = _Probe(_alone(changed), torch.device(device), seconds, {}).training()
+        except (DiffxError, RuntimeError) as error:
+            found.append(Gain(words, problem=str(error).splitlines()[0]))
+        else:
+            images = changed["data"]["batch_size"] / speed.step
+            found.append(Gain(words, images, speed.memory, speed.start))
+    return found
 
 
 def totals(runs: Sequence[Estimate]) -> list[str]:
@@ -185,7 +225,7 @@ class _Probe:
     def speed(self) -> Speed:
         """What this process does."""
         if self.network not in self.known:
-            self.known[self.network] = self._training()
+            self.known[self.network] = self.training()
         training, flops = self.known[self.network]
         self.arm.module.to(self.device)
         final = [Point(k, other.config["weights"], other.generator) for k, other in final_points(self.arm, {}).items()]
@@ -212,17 +252,16 @@ class _Probe:
         floor_and_noise = 2 * min(other, 10_000) if "fd" in evaluator.metrics else 0
         return floor_and_noise + (0 if cached else len(reference))
 
-    def _training(self) -> tuple[TrainingSpeed, float]:
+    def training(self) -> tuple[TrainingSpeed, float]:
         """The speed of training, and its floating point operations per image."""
         config, trainer, source = self.config, self.config["trainer"], self.arm.source
         module = self.arm.module.to(self.device)
         flops = training_flops(module, next(iter(source.train_loader(config["seed"]))))
-        if trainer["compile"]:
-            module.denoiser.backbone.compile()
+        switch_on(module, trainer, self.device)
         looks = (config["log_every_n_steps"], config["checkpoint"]["every_n_steps"])
         with tempfile.TemporaryDirectory(prefix="diffx-probe-") as name:
             folder = Path(name)
-            nonfinite = NonFinite(config["training"]["nonfinite"], looks, folder / "nonfinite.jsonl")
+            nonfinite = NonFinite(config["training"]["nonfinite"], *looks, folder / "nonfinite.jsonl")
             speed = probe_training(
                 module,
                 StreamData(source, config["seed"], trainer["accumulate_grad_batches"]),

@@ -18,6 +18,7 @@ from diffx.cli.figures import nfe_pictures
 from diffx.cli.launch import launch
 from diffx.cli.measure import Stopped, cell, evaluate, nfe_of, table
 from diffx.cli.sample import announce, device_of
+from diffx.cli.switches import switch_on
 from diffx.cli.trained import Task, tasks
 from diffx.denoisers import Denoiser
 from diffx.evaluation import RULER, Evaluation, Evaluator
@@ -68,6 +69,7 @@ def repeat(file: Path, argv: list[str]) -> int:
     frozen = run.config()
     config = frozen | record.settings | {"trained_schedule": frozen["schedule"]}
     arm = build(config)
+    switch_on(arm.module, config["trainer"], device, training=False)
     arm.source.check()
     denoiser, step = load_weights(arm.module.ema, config["weights"], run.weights.parent, run.newest_checkpoint()[0])
     if step != record.protocol["step"]:
@@ -107,6 +109,7 @@ def _evaluate(found: list[Task], console: Console, device: torch.device, rank: i
             console.print(f"[{k + 1}/{len(found)}] {shown.strip()}", highlight=False, soft_wrap=True, markup=False)
         if arm is None or loaded is None or loaded[0] is not task.run:
             arm, loaded = build(task.config), None
+            switch_on(arm.module, task.config["trainer"], device, training=False)
             arm.source.check()
         if loaded != (task.run, task.config["weights"]) or weights is None:
             folder, checkpoint = task.run.weights.parent, task.run.newest_checkpoint()[0]

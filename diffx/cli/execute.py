@@ -11,6 +11,7 @@ from diffx.cli.build import Arm, final_points, points
 from diffx.cli.evaluate import summary
 from diffx.cli.figures import progress_pictures
 from diffx.cli.measure import Stopped, best_device, evaluate, table
+from diffx.cli.switches import switch_on
 from diffx.cli.tracking import log_evaluation, log_weights, loggers_of
 from diffx.cli.trained import Task
 from diffx.evaluation import Evaluation
@@ -191,7 +192,7 @@ def _fit(
         callbacks.append(ProgressBar(log, console))
     checkpoint_settings = config["checkpoint"]
     looks = (config["log_every_n_steps"], checkpoint_settings["every_n_steps"])
-    callbacks.append(NonFinite(config["training"]["nonfinite"], looks, run.path / "nonfinite.jsonl"))
+    callbacks.append(NonFinite(config["training"]["nonfinite"], *looks, run.path / "nonfinite.jsonl"))
     monitor, mode = checkpoint_settings["monitor"], checkpoint_settings["mode"]
     callbacks.append(
         EvaluateEMA(
@@ -207,8 +208,7 @@ def _fit(
             report,
         )
     )
-    if trainer["compile"]:
-        module.denoiser.backbone.compile()
+    switch_on(module, trainer, best_device(trainer["accelerator"]))
     return fit(
         module,
         StreamData(arm.source, config["seed"], trainer["accumulate_grad_batches"]),

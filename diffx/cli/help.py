@@ -161,7 +161,7 @@ examples:
 PLAN = """\
 diffx plan: what a sweep would train and what it would cost, before anything is trained.
 
-usage: diffx plan [KEY=VALUE …] [GROUP=CHOICE,CHOICE …] [probe=10] [out=plan.png]
+usage: diffx plan [KEY=VALUE …] [GROUP=CHOICE,CHOICE …] [probe=10] [out=plan.png] [switches=true]
 
 For each arm: its parameters, its range of logSNR, and the effective weight of its loss over logSNR, as a table and a
 plot. It says which arms are the same objective written differently, which differ by a constant, and which cannot work.
@@ -172,8 +172,10 @@ batch, data and precision are tried out once.
 
   probe=10           seconds for which training steps are timed; probe=false leaves costs out
   out=plan.png       the plot: .png, .pdf or .svg
+  switches=true      trains a little with each switch of trainer that is off, and tells what it gains and costs
 
 examples:
+  diffx plan experiment=ddpm_cifar10 trainer=gpu probe=5 switches=true
   diffx plan schedule=linear,cosine parameterization=eps,v seed=0,1,2
   diffx plan parameterization=eps,x0 weighting=unit,snr probe=false
 """

@@ -14,8 +14,10 @@ from rich.table import Table
 
 from diffx.cli.build import Arm, build, check_schedule
 from diffx.cli.compose import as_dict, parse, sweep_points
-from diffx.cli.estimate import SECONDS, Estimate, duration, estimate, totals
+from diffx.cli.estimate import SECONDS, Estimate, Gain, duration, estimate, gains, totals
 from diffx.cli.grid import two_stages
+from diffx.cli.measure import best_device
+from diffx.cli.switches import variants
 from diffx.cli.train import config_of
 from diffx.experiment import Run, fingerprint, identity, locate
 from diffx.objectives import ELBO, Denoising, Hybrid
@@ -58,11 +60,11 @@ class Planned:
 def main(argv: list[str]) -> int:
     """Runs the command and returns its exit code: 2 if an arm cannot work."""
     start_up = time.process_time()  # importing what a run imports too
-    own = as_dict([word for word in argv if word.startswith(("out=", "probe="))])
+    own = as_dict([word for word in argv if word.startswith(_OWN)])
     out, seconds = Path(own.get("out", "plan.png")).expanduser(), _seconds(own.get("probe", "true"))
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise DiffxError(f"out={out} is neither .png, .pdf nor .svg; choose one of them")
-    arguments = two_stages(parse([word for word in argv if not word.startswith(("out=", "probe="))]))
+    arguments = two_stages(parse([word for word in argv if not word.startswith(_OWN)]))
     points = sweep_points(arguments.overrides, "train", arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     with console.status("building the arms"):
@@ -81,7 +83,53 @@ def main(argv: list[str]) -> int:
         console.print(cost_table([[next(in_turn) for _ in arm.runs] for arm in arms]))
         for sentence in totals(found):
             console.print(f"• {sentence}", highlight=False)
+    runs = [run for arm in arms for run in arm.runs]
+    if runs:
+        _tell_switches(runs[0][1], own.get("switches", "false"), seconds or SECONDS, console)
     return 2 if any(arm.problem for arm in arms) else 0
+
+
+_OWN = ("out=", "probe=", "switches=")
+"""Words that are no overrides."""
+
+
+def _tell_switches(config: dict[str, Any], word: str, seconds: float, console: Console) -> None:
+    """Names the switches for speed that the first arm leaves off, and, asked for, what each would gain."""
+    if word.lower() not in ("true", "false"):
+        raise DiffxError(f"switches={word} is neither true nor false; switches=true tries out what is off")
+    names = [words for words, _ in variants(config, best_device(config["trainer"]["accelerator"]))]
+    if word.lower() == "false":
+        if names:
+            console.print(f"• off: {', '.join(names)}; switches=true tries out what each gains here", highlight=False)
+        return
+    with console.status("trying the switches out"):
+        console.print(gains_table(gains(config, seconds)))
+
+
+def gains_table(tried: list[Gain]) -> Table:
+    """What each switch gains.
+
+    Arguments:
+        tried: of one network; the first with none of them.
+    """
+    shown = Table(
+        caption="one process on this machine, the first arm; start: seconds before steps are that fast, once per run",
+        title_justify="left",
+        caption_justify="left",
+    )
+    shown.add_column("switched on")
+    for name in ("images/s", "×", "memory", "×", "start"):
+        shown.add_column(name, justify="right")
+    base = tried[0]
+    for gain in tried:
+        if gain.problem:
+            shown.add_row(gain.words, gain.problem)
+            continue
+        faster, larger = gain.images_per_second / base.images_per_second, gain.memory / max(base.memory, 1)
+        memory = f"{gain.memory / 2**30:.2f} GiB"
+        cells = (f"{gain.images_per_second:,.4g}", f"{faster:.2f}", memory, f"{larger:.2f}", duration(gain.start))
+        shown.add_row(gain.words or "(as it is)", *cells)
+    return shown
 
 
 def plan(points: list[list[str]], config_of_point: Callable[[list[str]], dict[str, Any]]) -> list[Planned]:

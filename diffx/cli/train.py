@@ -131,6 +131,8 @@ def train(config: dict[str, Any], overrides: list[str], report: Report | None = 
     # heavy imports after composing, so that a misspelt key is answered at once
     from diffx.cli.build import build, check, make
     from diffx.cli.execute import execute, summarize
+    from diffx.cli.measure import best_device
+    from diffx.cli.switches import switch_on
 
     console = Console()
     arm = build(config)
@@ -138,6 +140,7 @@ def train(config: dict[str, Any], overrides: list[str], report: Report | None = 
     if run.state == "finished":
         run.freeze(config)
         console.print(f"[bold]{run.path}[/] is finished; delete it to train again", highlight=False, soft_wrap=True)
+        switch_on(arm.module, config["trainer"], best_device(config["trainer"]["accelerator"]), training=False)
         return summarize(arm, run, console)
     check(arm)
     with run.lock():

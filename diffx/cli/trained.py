@@ -71,6 +71,7 @@ def register(name: str, run: Run, extra: dict[str, Any]) -> None:
     The run's own choice of each group is an option named `run`, the default.
     """
     frozen = run.config()
+    frozen["evaluation"].setdefault("precision", "32-true")  # a config of an older run has no choice
     store = ConfigStore.instance()
     for group in GROUPS:
         store.store(name="run", group=group, node=OmegaConf.create(frozen[group]))
