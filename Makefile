@@ -45,7 +45,13 @@ test-slurm: $(STAMP) ## bring up a real SLURM on this machine (Debian, root) and
 notebooks: $(STAMP) ## run the notebooks and write them with their pictures into docs/notebooks (minutes)
 	$(BIN)/python docs/render.py
 
-bench: $(STAMP) ## measure the training step and the sampler step against a bare loop and diffusers
+# k-diffusion is there already: make install brings it without its dependencies, which ask for numpy < 2
+$(VENV)/.bench: $(STAMP)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test,bench]' || \
+		$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,bench]'
+	touch $@
+
+bench: $(VENV)/.bench ## measure training, networks, samplers, start-up, … against the peers (20 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py
 
 clean: ## remove the environment and the caches; runs/ stays

@@ -1,6 +1,7 @@
 """What training data cost: images per core, memory, and the time to the first batch and to a far sample."""
 
 import atexit
+import contextlib
 import io
 import itertools
 import os
@@ -14,6 +15,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -33,16 +35,21 @@ from diffx.data.shards.index import ShardIndex, save_index
 IMAGES: Path | None = None
 """A folder of class folders of JPEGs of 32×32 pixels; without it, crops of photographs scaled to that size."""
 
+IN_PROCESS = False
+"""Whether what needs a process of its own does without, as in a quick run: its numbers mean nothing then."""
+
 WORKERS, BATCH, PER_SHARD = 2, 128, 1000
 """BATCH is that of the measurements that compare nothing."""
 
 
 def cases(quick: bool, clock: Clock) -> list[Case]:
     """Wall-clock time always: the work is done by other processes."""
-    seconds = 0.5 if quick else 3.0
+    global IN_PROCESS
+    IN_PROCESS = quick
+    seconds = 0.05 if quick else 2.0
     return [
-        _speed(32, 2000 if quick else 20000, 256, seconds, 1 if quick else 5),
-        _speed(256, 500 if quick else 2000, 128, seconds, 1 if quick else 5),
+        _speed(32, 256 if quick else 20000, 8 if quick else 256, seconds, 1 if quick else 3),
+        _speed(256, 16 if quick else 2000, 4 if quick else 128, seconds, 1 if quick else 3),
         _first_batch(quick),
         _memory(quick),
         _simulated(quick),
@@ -163,7 +170,7 @@ def hugging_face(root: Path, batch_size: int) -> Iterable:
     """The `datasets` library on the same folder."""
     from datasets import load_dataset  # pyright: ignore[reportMissingImports]
 
-    images = load_dataset("imagefolder", data_dir=str(root / "folder"), split="train").with_format("torch")
+    images: Any = load_dataset("imagefolder", data_dir=str(root / "folder"), split="train").with_format("torch")
     return forever(DataLoader(images, batch_size, shuffle=True, num_workers=WORKERS, drop_last=True))
 
 
@@ -214,12 +221,18 @@ def decoding(root: Path, size: int, batch_size: int) -> Iterable:
 
 def alone(*arguments: object) -> list[float]:
     """The numbers that this file prints as a script."""
-    command = [sys.executable, __file__, *map(str, arguments)]
-    return [float(word) for word in subprocess.check_output(command, text=True).split()]
+    name, *words = map(str, arguments)
+    if not IN_PROCESS:
+        text = subprocess.check_output([sys.executable, __file__, name, *words], text=True)
+    else:
+        with mock.patch.dict(os.environ), contextlib.redirect_stdout(io.StringIO()) as printed:
+            SCRIPTS[name](*words)
+        text = printed.getvalue()
+    return [float(word) for word in text.split()]
 
 
 def _first_batch(quick: bool) -> Case:
-    shards = 100 if quick else 1000
+    shards = 4 if quick else 1000
     folder = many_shards(shards)
 
     def seconds(step: int, runs: int, forget: bool) -> float:
@@ -252,8 +265,8 @@ def start(folder: str, step: str, cache_folder: str) -> None:
 
 
 def _memory(quick: bool) -> Case:
-    folder = many_shards(100 if quick else 1000)
-    batches = 200 if quick else 4000
+    folder = many_shards(4 if quick else 1000)
+    batches = 102 if quick else 4000
     found = cache(lambda: alone("memory", folder, batches))
     contenders: dict[str, Callable[[], float]] = {
         "after 100 batches": lambda: found()[0],
@@ -297,7 +310,7 @@ def many_shards(shards: int) -> Path:
 
 
 def _simulated(quick: bool) -> Case:
-    shards = 1000 if quick else 10000
+    shards = 20 if quick else 10000
     folder = scratch() / "imagined"
     make = cache(lambda: imagine(folder, shards, most=2000))
     ranks = cache(lambda: (make(), alone("simulate", folder, scratch() / "cache"))[1])
@@ -367,5 +380,7 @@ def simulate(folder: str, cache_folder: str, ranks: str = "1024", workers: str =
     print(time.perf_counter() - started, int((seen - 1).abs().sum()), int(load.max() - load.min()))
 
 
+SCRIPTS: dict[str, Callable[..., None]] = {"start": start, "memory": memory, "simulate": simulate}
+
 if __name__ == "__main__":
-    {"start": start, "memory": memory, "simulate": simulate}[sys.argv[1]](*sys.argv[2:])
+    SCRIPTS[sys.argv[1]](*sys.argv[2:])

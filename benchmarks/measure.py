@@ -4,7 +4,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Clock = Callable[[], float]
 """Seconds since some moment."""
@@ -21,12 +21,14 @@ class Case:
         name: the case, such as a solver and the shape of its tensors.
         contenders: by name, what runs once and returns the microseconds per step (or call); the first is the reference.
         rounds: how often each runs.
+        extra: further numbers of a contender, shown beside its times.
     """
 
     group: str
     name: str
     contenders: dict[str, Callable[[], float]]
     rounds: int
+    extra: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Row:
         largest: the slowest round.
         difference: the median, over the rounds, of its time less the reference's time in the same round.
         ratio: likewise of its time divided by the reference's.
+        extra: as in `Case`.
     """
 
     group: str
@@ -52,6 +55,7 @@ class Row:
     largest: float
     difference: float
     ratio: float
+    extra: dict[str, float]
 
 
 def measure(case: Case) -> list[Row]:
@@ -76,6 +80,7 @@ def _row(case: Case, name: str, values: list[float], reference: list[float]) -> 
         max(values),
         statistics.median(value - other for value, other in pairs),
         statistics.median(value / other for value, other in pairs),
+        case.extra.get(name, {}),
     )
 
 
@@ -108,5 +113,26 @@ def microseconds(
     def run() -> float:
         once()
         return sum(once() for _ in range(calls)) / (calls * per_call) * 1e6
+
+    return run
+
+
+def long_call(clock: Clock, function: Callable[[], object], scale: float = 1e6) -> Callable[[], float]:
+    """Times one call of a function that takes long, after one to warm up before the first measurement.
+
+    Arguments:
+        clock: what it is timed with.
+        function: what is timed.
+        scale: what the seconds are multiplied by.
+    """
+    warm: list[bool] = []
+
+    def run() -> float:
+        if not warm:
+            function()
+            warm.append(True)
+        started = clock()
+        function()
+        return (clock() - started) * scale
 
     return run

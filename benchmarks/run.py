@@ -2,81 +2,113 @@
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import platform
 import subprocess
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-import evaluation
-import keyed_noise
-import loading
-import sampler_step
 import torch
-import training_step
-from measure import CLOCKS, Row, measure
+from measure import CLOCKS, Case, Row, measure
 from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 PARTS = {
-    "training": training_step.cases,
-    "sampler": sampler_step.cases,
-    "noise": keyed_noise.cases,
-    "evaluation": evaluation.cases,
-    "loading": loading.cases,
+    "training": "training_step",
+    "networks": "networks",
+    "sampler": "sampler_step",
+    "start-up": "start_up",
+    "checkpoint": "checkpoint_stall",
+    "noise": "keyed_noise",
+    "evaluation": "evaluation",
+    "loading": "loading",
 }
+"""The module of each part, of which `cases(quick, clock)` is called."""
+
+OURS = ("diffx", *(file.stem for file in HERE.glob("*.py")))
+PACKAGES = (
+    "torch", "lightning", "diffusers", "accelerate", "denoising-diffusion-pytorch", "azula", "k-diffusion",
+)  # fmt: skip
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer steps and rounds: whether it runs, not how fast")
-    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--quick", action="store_true", help="smallest shapes and few rounds: whether it runs")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="some parts")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: this process's time, on a busy machine")
     parser.add_argument("--output", type=Path, default=HERE / "results.json", help="the JSON file")
     parser.add_argument("--images", type=Path, help="loading: class folders of 32×32 JPEGs (default: drawn ones)")
-    arguments = parser.parse_args()
-    loading.IMAGES = arguments.images
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    gc.freeze()  # what is imported need not be searched for garbage before each measurement
     console = Console()
-    parts = [PARTS[arguments.only]] if arguments.only else list(PARTS.values())
+    if not console.is_terminal:  # a file has room for all columns
+        console = Console(width=140)
     rows: list[Row] = []
-    for cases in parts:
-        for case in cases(arguments.quick, CLOCKS[arguments.clock]):
-            # no spinner: it would take its share of the time
-            console.print(f"{case.group.split(',')[0]}: {case.name}", style="dim", highlight=False)
-            rows += measure(case)
-    gc.unfreeze()
+    skipped: dict[str, str] = {}
+    for part in arguments.only:
+        # in a quick run what is compiled runs as it is: compiling takes minutes
+        with torch.compiler.set_stance("force_eager" if arguments.quick else "default"):
+            try:
+                module: Any = importlib.import_module(PARTS[part])
+                if part == "loading":
+                    module.IMAGES = arguments.images
+                for case in module.cases(arguments.quick, CLOCKS[arguments.clock]):
+                    gc.freeze()  # what is there by now need not be searched for garbage before each measurement
+                    rows += run(case, console)
+            except ModuleNotFoundError as error:
+                if error.name is None or error.name.partition(".")[0] in OURS:
+                    raise
+                skipped[part] = f"{error.name} is not installed; make bench installs it"
+                console.print(f"{part} left out: {skipped[part]}", highlight=False)
+        gc.unfreeze()
+        # after every part, so that a run that is cut short leaves what it has found
+        write(arguments, rows, skipped)
     for group, members in groupby(rows, lambda row: row.group):
         console.print(table(group, list(members)))
+    console.print(f"written to {arguments.output}", highlight=False, soft_wrap=True)
+
+
+def write(arguments: argparse.Namespace, rows: list[Row], skipped: dict[str, str]) -> None:
+    """The JSON file."""
     report = {
         "quick": arguments.quick,
         "clock": arguments.clock,
         **surroundings(),
+        "skipped": skipped,
         "rows": [asdict(row) for row in rows],
     }
     arguments.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    console.print(f"written to {arguments.output}", highlight=False, soft_wrap=True)
+
+
+def run(case: Case, console: Console) -> list[Row]:
+    """Measures a case, and says so before."""
+    # no spinner: it would take its share of the time
+    console.print(f"{case.group.split(',')[0]}: {case.name}", style="dim", highlight=False)
+    return measure(case)
 
 
 def table(group: str, rows: list[Row]) -> Table:
     """One group, a section per case."""
     shown = Table(title=group, title_justify="left")
-    shown.add_column("", no_wrap=True)
-    for column in ("median", "fastest", "slowest", "diff.", "ratio"):
+    shown.add_column("", min_width=30)
+    further = list(dict.fromkeys(name for row in rows for name in row.extra))
+    for column in ("median", "fastest", "slowest", "diff.", "ratio", *further):
         shown.add_column(column, justify="right", no_wrap=True)
     for case, members in groupby(rows, lambda row: row.case):
         shown.add_row(case, style="bold")
         for n, row in enumerate(members):
             numbers = [f"{value:,.1f}" for value in (row.median, row.smallest, row.largest)]
-            against = [f"{row.difference:+,.1f}", f"{row.ratio:.2f}"] if n else ["", ""]
-            shown.add_row(f"  {row.contender}", *numbers, *against)
+            against = [f"{row.difference:+,.1f}", f"{row.ratio:.3f}"] if n else ["", ""]
+            extra = [f"{row.extra[name]:,.2f}" if name in row.extra else "" for name in further]
+            shown.add_row(f"  {row.contender}", *numbers, *against, *extra)
         shown.add_section()
     return shown
 
@@ -90,8 +122,16 @@ def surroundings() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "lightning", "diffusers")},
+        **{name: installed(name) for name in PACKAGES},
     }
+
+
+def installed(package: str) -> str:
+    """The version of a package; empty if it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def commit() -> str:
