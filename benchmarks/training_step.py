@@ -40,8 +40,8 @@ def cases(quick: bool, clock: Clock) -> list[Case]:
     return [
         _case("null network", Null(), digits, 10, 20 if quick else 200, 2 if quick else 9, clock),
         _case("unet_digits", backbone("unet_digits", 1, 8, CLASSES), digits, 2, few, rounds, clock),
-        _case("ddpm_cifar10", backbone("ddpm_cifar10", 3, 32, CLASSES, **unet), noise(3), 1, 2, large, clock),
-        _case("dit_s_2", backbone("dit_s_2", 4, 32, CLASSES, **dit), noise(4), 1, 2, large, clock),
+        _case("ddpm_cifar10", backbone("ddpm_cifar10", 3, 32, CLASSES, **unet), noise(3), 3, 2, large, clock),
+        _case("dit_s_2", backbone("dit_s_2", 4, 32, CLASSES, **dit), noise(4), 3, 2, large, clock),
     ]
 
 

@@ -34,14 +34,15 @@ class Denoising(Objective):
         t, correction = self.time_sampler(denoiser.schedule, keys)
         at = denoiser.coefficients(t)
         alpha, sigma, _, _, c_skip, c_out = at
+        known = denoiser.replaced(known=at)
         z = keys.normal("noise", *x.shape[1:], dtype=x.dtype)
         x_t = expand_as(alpha, x) * x + expand_as(sigma, x) * z
         output = denoiser.network(x_t, at, **cond)
         # F* = (x − c_skip·x_t)/c_out with x_t written out, so that the cancellation is one of numbers, not of images
         target = expand_as((1 - c_skip * alpha) / c_out, x) * x - expand_as(c_skip * sigma / c_out, x) * z
         error = mse_loss(output, target, reduction="none").flatten(1).mean(1)
-        weighted = self.weighting(denoiser, t) * c_out**2 * error
+        weighted = self.weighting(known, t) * c_out**2 * error
         if self.training:
             self.time_sampler.update(t, weighted.detach())
-        loss = (weighted + self.weighting.penalty(denoiser, t)) * correction
+        loss = (weighted + self.weighting.penalty(known, t)) * correction
         return {"loss": loss, "logsnr": at.logsnr.detach()}

@@ -26,5 +26,5 @@ class Sigmoid(Weighting):
         self.bias = bias
 
     def forward(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
-        logsnr = denoiser.schedule.logsnr(t)
+        logsnr = denoiser.coefficients(t).logsnr
         return torch.exp(logsnr + torch.nn.functional.logsigmoid(self.bias - logsnr))

@@ -16,5 +16,4 @@ class Unit(Weighting):
     """
 
     def forward(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
-        _, _, c_out = denoiser.parameterization(*denoiser.schedule(t))
-        return c_out**-2
+        return denoiser.coefficients(t).c_out ** -2
