@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 PARTS = {
     "training": "training_step",
     "networks": "networks",
+    "switches": "switches",
     "sampler": "sampler_step",
     "start-up": "start_up",
     "checkpoint": "checkpoint_stall",

@@ -18,7 +18,7 @@ PEERS = {
         "lucidrains Unet": ("denoising_diffusion_pytorch",),
     },
 }
-PARTS = ("training", "networks", "sampler", "start-up", "checkpoint", "noise", "evaluation", "loading")
+PARTS = ("training", "networks", "switches", "sampler", "start-up", "checkpoint", "noise", "evaluation", "loading")
 
 
 @pytest.fixture
