@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from diffx.utils import Keys
-from diffx.utils.random import _GAMMA, mix64, permutation
+from diffx.utils.random import _GAMMA, _address, _positions, mix64, permutation
 
 N = 20000
 
@@ -163,3 +163,11 @@ def test_devices_agree_on_the_bits():
     here, there = Keys(3, torch.arange(100)), Keys(3, torch.arange(100).cuda())
     assert here.bits("a", 1000).equal(there.bits("a", 1000).cpu())
     torch.testing.assert_close(here.normal("a", 1000), there.normal("a", 1000).cpu(), rtol=2e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize(("count", "samples"), [(1, 1), (7, 3), (512, 64)])
+def test_the_host_draws_by_numpy_what_a_device_draws_by_torch(count, samples):
+    keys = Keys(-5, torch.arange(samples) * 10**12 - 7, step=3)
+    start, positions = _address(-5, "noise", 3), _positions(count, torch.device("cpu"))
+    address = mix64((keys.index + start) * _GAMMA)
+    assert keys.bits("noise", count).equal(mix64(address[:, None] ^ positions))
