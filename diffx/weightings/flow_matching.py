@@ -18,4 +18,4 @@ class FlowMatching(Weighting):
     """
 
     def forward(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
-        return (1 + torch.exp(denoiser.coefficients(t).logsnr / 2)) ** 2
+        return (1 + torch.exp(denoiser.schedule.logsnr(t) / 2)) ** 2

@@ -37,7 +37,7 @@ class LearnedUncertainty(Weighting):
 
     def _u(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
         # a learned schedule has no part in this: u tells how large the loss is, not where the times should be
-        features = sinusoids(denoiser.coefficients(t).logsnr.detach(), self.features)
+        features = sinusoids(denoiser.schedule.logsnr(t).detach(), self.features)
         weight, bias = self.uncertainty.weight, self.uncertainty.bias
         # not the layer itself, which autocast would run in reduced precision
         return (features * weight.to(features.dtype)).sum(1) + bias.to(features.dtype)

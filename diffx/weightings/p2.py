@@ -27,6 +27,6 @@ class P2(Weighting):
         self.gamma = gamma
 
     def forward(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
-        logsnr = denoiser.coefficients(t).logsnr
+        logsnr = denoiser.schedule.logsnr(t)
         # through the logarithm: for γ > 1 the power overflows before the quotient does
         return torch.exp(logsnr - self.gamma * torch.log(self.k + logsnr.exp()))

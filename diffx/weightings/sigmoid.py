@@ -26,5 +26,5 @@ class Sigmoid(Weighting):
         self.bias = bias
 
     def forward(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
-        logsnr = denoiser.coefficients(t).logsnr
+        logsnr = denoiser.schedule.logsnr(t)
         return torch.exp(logsnr + torch.nn.functional.logsigmoid(self.bias - logsnr))

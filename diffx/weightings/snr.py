@@ -16,7 +16,7 @@ class SNR(Weighting):
     """
 
     def forward(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
-        return denoiser.coefficients(t).logsnr.exp()
+        return denoiser.schedule.logsnr(t).exp()
 
 
 class MinSNR(Weighting):
@@ -37,7 +37,7 @@ class MinSNR(Weighting):
         self.gamma = gamma
 
     def forward(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
-        return denoiser.coefficients(t).logsnr.exp().clamp(max=self.gamma)
+        return denoiser.schedule.logsnr(t).exp().clamp(max=self.gamma)
 
 
 class EDM(Weighting):
@@ -57,4 +57,4 @@ class EDM(Weighting):
         self.sigma_data = sigma_data
 
     def forward(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
-        return torch.exp(denoiser.coefficients(t).logsnr) + self.sigma_data**-2
+        return torch.exp(denoiser.schedule.logsnr(t)) + self.sigma_data**-2

@@ -25,4 +25,4 @@ class SoftMinSNR(Weighting):
         self.gamma = gamma
 
     def forward(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
-        return 1 / (torch.exp(-denoiser.coefficients(t).logsnr) + 1 / self.gamma)
+        return 1 / (torch.exp(-denoiser.schedule.logsnr(t)) + 1 / self.gamma)

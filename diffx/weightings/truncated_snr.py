@@ -16,4 +16,4 @@ class TruncatedSNR(Weighting):
     """
 
     def forward(self, denoiser: Preconditioned, t: Tensor) -> Tensor:
-        return denoiser.coefficients(t).logsnr.exp().clamp(min=1)
+        return denoiser.schedule.logsnr(t).exp().clamp(min=1)
