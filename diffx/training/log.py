@@ -31,6 +31,7 @@ class _Window:
         images: images seen in training.
         elapsed: its seconds, without evaluations.
         lr: the learning rate.
+        terms: the names of the objective's further terms.
         values: the sums of all ranks: losses and counts by noise level, costs, terms; and the gradient's norm.
     """
 
@@ -39,6 +40,7 @@ class _Window:
     images: int
     elapsed: float
     lr: float
+    terms: list[str]
     values: HostCopy
 
 
@@ -70,7 +72,6 @@ class TrainingLog(L.Callback):
         self._waited = (0.0, 0)
         self._meter = EnergyMeter()
         self._closed: _Window | None = None
-        self._names: list[str] = []
 
     def leave_out(self, seconds: float) -> None:
         """Tells of time in this window that was not spent on training."""
@@ -144,9 +145,8 @@ class TrainingLog(L.Callback):
         values = over_ranks(torch.cat(parts))
         if module.grad_norm is not None:  # the same on all ranks
             values = torch.cat([values, module.grad_norm[None]])
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        self._closed = _Window(step, steps * module.batch_size, step * module.batch_size, elapsed, lr, HostCopy(values))
-        self._names = list(self.terms)
+        lr, batch = trainer.optimizers[0].param_groups[0]["lr"], module.batch_size
+        self._closed = _Window(step, steps * batch, step * batch, elapsed, lr, [*self.terms], HostCopy(values))
         self._clock = (now, step)
         self.sums.zero_()
         self.terms = {}
@@ -170,13 +170,13 @@ class TrainingLog(L.Callback):
             **({"energy_kwh": self.joules / 3.6e6} if self._meter.tells else {}),
             "images_per_second": window.new_images / window.elapsed if window.elapsed > 0 else math.nan,
             "lr": window.lr,
-            **{f"loss/{name}": value / max(count, 1) for name, value in zip(self._names, values, strict=False)},
+            **{f"loss/{name}": value / max(count, 1) for name, value in zip(window.terms, values, strict=False)},
             **by_noise_level(sums.tolist()),
         }
         if isinstance(trainer.train_dataloader, StreamLoader):
             share = waited / trainer.world_size / window.elapsed if window.elapsed > 0 else math.nan
             self.latest |= {"data_wait": share} | ({"data_replaced": replaced} if replaced else {})
-        if len(values) > len(self._names):
+        if len(values) > len(window.terms):
             self.latest["grad_norm"] = values[-1]
         for logger in trainer.loggers:
             logger.log_metrics(self.latest, step=window.step)
