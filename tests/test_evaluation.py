@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import random
+import signal
 import warnings
 from functools import lru_cache, partial
 
@@ -153,7 +154,7 @@ def stop_after(batches):
 
     def stop():
         left[0] -= 1
-        return left[0] < 0
+        return signal.SIGUSR2 if left[0] < 0 else 0
 
     return stop
 
@@ -182,13 +183,13 @@ def resume_on(rank, world_size, folder):
     try:
         evaluator_of()(generator(), TOTAL, "cpu", rank, world_size, snapshot=folder / "s.safetensors", stop=stop)
     except Interrupted as interrupted:
-        (folder / f"{rank}.txt").write_text(str(interrupted.done))
+        (folder / f"{rank}.txt").write_text(f"{interrupted.done} samples, {signal.Signals(interrupted.signal).name}")
     dist.destroy_process_group()
 
 
 def test_stopped_on_two_processes_it_goes_on_with_one(tmp_path):
     mp.spawn(resume_on, (2, tmp_path), nprocs=2)
-    assert {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)} == {"42"}  # 3 rounds of 2 batches of 7
+    assert {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)} == {"42 samples, SIGUSR2"}  # 3 rounds of 14
     told = []
     measured = evaluator_of()(generator(), TOTAL, snapshot=tmp_path / "s.safetensors", on_batch=told.append)
     assert told == [49, 56, 61]

@@ -278,6 +278,12 @@ def test_a_stopped_run_is_requeued(job, slurm):
     assert "requeue 42" in calls(slurm, "scontrol")
 
 
+def test_a_rank_that_srun_ends_after_the_first_has_said_why_changes_nothing(job):
+    state = {"state": "interrupted", "step": 5, "signal": int(signal.SIGUSR2)}
+    assert job(state=state, step=5, code=128 + signal.SIGTERM) == 128 + signal.SIGUSR2
+    assert job.ledger.last("stopped")["signal"] == "SIGUSR2"
+
+
 def test_an_element_of_an_array_requeues_itself_alone(job, slurm, monkeypatch):
     # the last element has the array's own number, by which scontrol would requeue all of them
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "42")

@@ -95,7 +95,7 @@ def test_a_signal_in_the_last_step_stops_the_evaluation_that_follows(tmp_path):
     final = ["extractor=digits", "metrics=[fd]", "evaluation.num_samples=90", "evaluation.batch_size=30"]
     code, _, run = trained(tmp_path, *final, action=ask)
     assert code == 128 + signal.SIGTERM
-    assert run.status() == {"state": "evaluating", "step": 12}
+    assert run.status() == {"state": "interrupted", "step": 12, "signal": signal.SIGTERM}
     assert list(run.evaluations.glob("*.partial.safetensors"))
     code, _, run = trained(tmp_path, *final)
     assert code == 0 and run.state == "finished"

@@ -95,8 +95,9 @@ def _execute(
     trainer = outcome.trainer
     trainer.strategy.barrier()  # the other ranks read what the first has written
     code = summarize(arm, run, console, loggers, module.device, trainer.global_rank, trainer.world_size, asked)
-    if first and not code:
-        run.set_status("finished", step=outcome.step)
+    if first:
+        stopped = {"signal": code - 128} if code else {}
+        run.set_status("interrupted" if stopped else "finished", step=outcome.step, **stopped)
     return code
 
 

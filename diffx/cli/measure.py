@@ -1,7 +1,6 @@
 """Measuring a trained model under the protocol of a config, once."""
 
 import hashlib
-import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -140,10 +139,10 @@ def evaluate(
                 world_size,
                 on_batch=lambda done: bar.update(task, completed=done),
                 snapshot=snapshot if known else None,
-                stop=lambda: bool(asked),
+                stop=lambda: asked.number or 0,
             )
         except Interrupted as interrupted:
-            raise Stopped(asked.number or signal.SIGTERM, interrupted.done) from None
+            raise Stopped(interrupted.signal, interrupted.done) from None
     values = measured.values | arm.evaluator.baselines(rank, world_size)
     if counted.calls:
         nfe = counted.samples / max(measured.made, 1)  # others' samples take as many on average

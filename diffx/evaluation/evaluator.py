@@ -50,11 +50,13 @@ class Interrupted(Exception):  # noqa: N818 (nothing has gone wrong)
 
     Arguments:
         done: the number of samples measured so far.
+        signal: the number of the signal that asked, the same on all ranks.
     """
 
-    def __init__(self, done: int) -> None:
+    def __init__(self, done: int, signal: int) -> None:
         super().__init__(f"stopped after {done} samples")
         self.done = done
+        self.signal = signal
 
 
 class Evaluator:
@@ -136,7 +138,7 @@ class Evaluator:
         *,
         on_batch: Callable[[int], None] | None = None,
         snapshot: Path | None = None,
-        stop: Callable[[], bool] | None = None,
+        stop: Callable[[], int] | None = None,
     ) -> Measured:
         """Samples and measures; every rank samples and extracts, and sums are reduced.
 
@@ -149,7 +151,8 @@ class Evaluator:
             on_batch: called with the number of samples done by all ranks after each batch.
             snapshot: where partial sums are kept; if they are there, the evaluation goes on from them, on any number
                 of processes. It is left to the caller to delete it once the values are safe.
-            stop: asked after each batch; once it is true on any rank, the sums are saved and all ranks stop.
+            stop: asked after each batch for the number of the signal that asks to stop, 0 for none; once any rank has
+                one, the sums are saved and all ranks stop.
 
         Raises:
             Interrupted: if stopped.
@@ -174,12 +177,12 @@ class Evaluator:
             done = min(done + per_round, total)
             if on_batch is not None:
                 on_batch(done)
-            stopping = stop is not None and done < total and _any_rank(stop(), world_size, device)
+            stopping = _of_any_rank(stop(), world_size, device) if stop is not None and done < total else 0
             if snapshot is not None and (stopping or (done - saved >= self.save_every and done < total)):
                 _save(metrics, snapshot, done, clock.seconds, rank)
                 saved = done
             if stopping:
-                raise Interrupted(done)
+                raise Interrupted(done, stopping)
             clock.lap("rest")
         values = metrics.compute()
         clock.lap("rest")
@@ -344,12 +347,12 @@ def _save(metrics: ImageMetrics, snapshot: Path, done: int, seconds: dict[str, f
         warnings.warn(f"the evaluation goes on without a snapshot: {error}", stacklevel=3)
 
 
-def _any_rank(flag: bool, world_size: int, device: torch.device | str) -> bool:
+def _of_any_rank(number: int, world_size: int, device: torch.device | str) -> int:
     if world_size == 1:
-        return flag
-    total = torch.tensor(int(flag), device=device)
-    dist.all_reduce(total)
-    return bool(total)
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def _optional(source: DataSource, split: SplitName) -> Images | None:

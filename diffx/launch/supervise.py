@@ -61,7 +61,8 @@ def _after(run: Run, ledger: Ledger, code: int, before: int, retries: int) -> in
         ledger.add("failed", step=step, reason=status.get("reason") or "see the log")
         return 2
     if state == "interrupted" or code - 128 in SIGNALS:
-        number = code - 128 if code - 128 in SIGNALS else status["signal"]
+        # srun ends the ranks that are left when the first has gone, and answers with what they died of
+        number = status["signal"] if state == "interrupted" else code - 128
         ledger.add("stopped", step=step, signal=signal.Signals(number).name)
         _requeue(ledger, "was stopped and has saved")
         return 128 + number

@@ -1,6 +1,5 @@
 """What happens beside training: the progress bar and the evaluation of the EMA."""
 
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,10 +197,10 @@ class EvaluateEMA(L.Callback):
         started = time.perf_counter()
         try:
             self.evaluate(trainer, module)
-        except Interrupted:
+        except Interrupted as interrupted:
             # the checkpoint of this step will say that the evaluation is still to be made; the sums so far are kept
             trainer.should_stop = True
-            self.asked.number = self.asked.number or signal.SIGTERM  # on the ranks that were not asked
+            self.asked.number = interrupted.signal  # on the ranks that were not asked too
         else:
             self._evaluated = step
             trainer.should_stop = trainer.should_stop or self.pruned
@@ -235,7 +234,7 @@ class EvaluateEMA(L.Callback):
                     trainer.global_rank,
                     trainer.world_size,
                     snapshot=snapshot,
-                    stop=lambda: bool(self.asked),
+                    stop=lambda: self.asked.number or 0,
                 ).values
             under = f"eval/{point.name}/" if point.name else "eval/"
             row |= {f"{under}{name}": value.value for name, value in values.items()}

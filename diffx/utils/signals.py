@@ -14,7 +14,7 @@ class StopSignal:
     It can be entered again, and remembers.
 
     Attributes:
-        number: the signal received, None if none was.
+        number: the first signal received, None if none was: others are often sent on the heels of it.
     """
 
     def __init__(self) -> None:
@@ -37,4 +37,4 @@ class StopSignal:
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: the user does not want to wait
-        self.number = number
+        self.number = self.number or number
