@@ -12,7 +12,7 @@ from torch import nn
 
 from diffx.autoencoders import Autoencoder, Pixels
 from diffx.conditioning import LabelConditioner, Unconditional
-from diffx.denoisers import Denoiser, GaussianMixture
+from diffx.denoisers import Autocast, Denoiser, GaussianMixture
 from diffx.guidance import (
     Autoguidance,
     ClassifierFree,
@@ -407,6 +407,55 @@ def test_projected_guidance_agrees_with_an_independent_implementation():
     torch.testing.assert_close(Projected(0.3, 6.0)(positive, guide, 5.0), theirs, rtol=1e-5, atol=1e-5)
     same = Projected(0.3, 6.0)(positive, positive, 5.0)  # a difference of nothing has no direction
     torch.testing.assert_close(same, positive)
+
+
+def test_projected_guidance_remembers_along_a_trajectory():
+    from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+
+    class Theirs(Denoiser):
+        """Asked twice per step of Heun's method, in the same order."""
+
+        def __init__(self, denoiser):
+            super().__init__()
+            self.denoiser, self.schedule, self.buffer = denoiser, denoiser.schedule, MomentumBuffer(-0.5)
+
+        def forward(self, x_t, t, label):
+            positive, guide = (self.denoiser(x_t, t, label=y) for y in (label, torch.full_like(label, CLASSES)))
+            return normalized_guidance(positive, guide, 3.0, self.buffer, 0.3, 0.5, use_original_formulation=True)
+
+    denoiser = oracle((2, 2, 3), Cosine())
+    x_t, label = noisy(denoiser, torch.tensor(0.9, dtype=F64), 4)
+    times = torch.linspace(0.9, 0.1, 6, dtype=F64)
+    sampler = build("sampler", "heun")
+    expected = sampler(Theirs(denoiser), x_t, times, noise=no_noise, label=label)
+    rule = Projected(0.3, 0.5, momentum=-0.5)
+    guided = Autocast(StaticThresholding(ClassifierFree(denoiser, LABELS, 4.0, rule=rule), -9, 9), "32-true")
+    for _ in range(2):  # a trajectory leaves nothing behind for the next
+        actual = sampler(guided, x_t, times, noise=no_noise, label=label)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    for k in range(4):
+        alone = sampler(guided, x_t[k : k + 1], times, noise=no_noise, label=label[k : k + 1])
+        torch.testing.assert_close(alone, expected[k : k + 1], rtol=1e-9, atol=1e-9)
+    # two trajectories side by side do not hear of each other
+    pairs = [sampler.trajectory(guided, x_t[k::2], times, noise=no_noise, label=label[k::2]) for k in range(2)]
+    *_, ends = zip(*pairs, strict=True)
+    torch.testing.assert_close(torch.stack(ends, 1).flatten(0, 1), expected, rtol=1e-9, atol=1e-9)
+    without = sampler(
+        ClassifierFree(denoiser, LABELS, 4.0, rule=Projected(0.3, 0.5)), x_t, times, noise=no_noise, label=label
+    )
+    assert (without - expected).abs().max() > 1e-2
+
+
+def test_momentum_without_steps_before_is_refused():
+    guided = ClassifierFree(oracle((2,), Cosine()), LABELS, 4.0, rule=Projected(momentum=-0.5))
+    x_t, label = noisy(guided.denoiser, torch.tensor(0.9, dtype=F64), 4)
+    with pytest.raises(DiffxError, match=r"momentum=-0\.5 needs a sampler"):
+        guided(x_t, torch.tensor(0.9, dtype=F64), label=label)
+    times = torch.tensor([0.9, 0.1], dtype=F64)
+    with pytest.raises(DiffxError, match="than adaptive"):
+        build("sampler", "adaptive")(guided, x_t, times, noise=no_noise, label=label)
+    with pytest.raises(DiffxError, match="between -1 and 1"):
+        Projected(momentum=1.0)
 
 
 class Given(Denoiser):

@@ -46,6 +46,16 @@ class Denoiser(nn.Module, ABC):
         """
         return self
 
+    def for_trajectory(self) -> "Denoiser":
+        """The denoiser to ask along one trajectory of a batch, step after step.
+
+        Where something is remembered from step to step (see `diffx.guidance.Projected`), the memory is empty and not
+        shared; otherwise it is the denoiser itself.
+        """
+        return self.replaced(
+            **{name: part.for_trajectory() for name, part in self.named_children() if isinstance(part, Denoiser)}
+        )
+
     def replaced(self, **attributes: Any) -> Self:
         """This denoiser with other values of some attributes; everything else is shared.
 

@@ -67,6 +67,9 @@ class Guided(Denoiser, ABC):
         asked = {name: part.at(level) for name, part in self.named_children() if isinstance(part, Denoiser)}
         return self.replaced(interval=EVERYWHERE, **asked)
 
+    def for_trajectory(self) -> Denoiser:
+        return super().for_trajectory().replaced(rule=self.rule.for_trajectory())
+
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         rows = None if self.scale == 1 else self.interval.rows(self.schedule, t)
         if rows is None:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from diffx.utils import expand_as
+from diffx.utils import DiffxError, expand_as
 
 
 class Rule(ABC):
@@ -24,6 +24,10 @@ class Rule(ABC):
             x̂, `[B, *]`.
         """
 
+    def for_trajectory(self) -> "Rule":
+        """The rule for one trajectory of a batch; itself unless it remembers something from step to step."""
+        return self
+
 
 class Linear(Rule):
     r"""The straight line through both estimates.
@@ -39,27 +43,46 @@ class Linear(Rule):
 class Projected(Rule):
     r"""Adaptive projected guidance: the part of the difference along the estimate is damped, its length bounded.
 
-    x̂ = x̂₊ + (w − 1)·(Δ⊥ + η·Δ∥) with Δ = (x̂₊ − x̂₋)·min(1, r/‖x̂₊ − x̂₋‖), where Δ∥ is the projection of Δ on x̂₊, per
-    sample, and Δ⊥ = Δ − Δ∥. Sadat et al., *Eliminating Oversaturation and Artifacts of High Guidance Scales in
-    Diffusion Models* (arXiv 2410.02416), Alg. 1. η = 1 without r is `Linear`.
-
-    The momentum β of the paper is 0 here and cannot be set: it mixes the differences of the sampler's earlier steps
-    into Δ, and a denoiser is a function of x_t and t alone, whichever solver asks and however often per step.
+    x̂ = x̂₊ + (w − 1)·(Δ⊥ + η·Δ∥) with Δ = D·min(1, r/‖D‖), where Δ∥ is the projection of Δ on x̂₊, per sample, and
+    Δ⊥ = Δ − Δ∥. D = x̂₊ − x̂₋ + β·D′ with D′ the D of the guide's last evaluation along the trajectory, 0 at first. Sadat
+    et al., *Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion Models* (arXiv 2410.02416),
+    Alg. 1. η = 1 with β = 0 and without r is `Linear`.
 
     Use it when a high guidance scale over-saturates: Δ∥ is what drives up contrast and colour.
 
     Arguments:
         eta: η, how much of the parallel part is kept, usually in [0, 1].
-        norm_threshold: r > 0, the largest length of the difference over all dimensions of a sample (what is usual grows
-            with the square root of their number); None is unbounded.
+        norm_threshold: r > 0, the largest length of D over all dimensions of a sample (what is usual grows with the
+            square root of their number); None is unbounded.
+        momentum: β ∈ (−1, 1), negative in the paper: the difference is pushed away from where it has pointed. The
+            result then depends on which samples were asked before, that is on the sampler's stages and steps.
+
+    Raises:
+        DiffxError: if β is no such number, or not 0 where there are no steps before: for likelihoods, and for samplers
+            that choose the steps of each sample.
     """
 
-    def __init__(self, eta: float = 0.0, norm_threshold: float | None = None) -> None:
+    def __init__(self, eta: float = 0.0, norm_threshold: float | None = None, momentum: float = 0.0) -> None:
+        if not -1 < momentum < 1:
+            raise DiffxError(
+                f"guidance.rule.momentum is {momentum}; give a number between -1 and 1, such as -0.5, or 0 for none"
+            )
         self.eta = eta
         self.norm_threshold = norm_threshold
+        self.momentum = momentum
+        self._before: Tensor | float | None = None
+
+    def for_trajectory(self) -> "Projected":
+        if self.momentum == 0:
+            return self
+        rule = Projected(self.eta, self.norm_threshold, self.momentum)
+        rule._before = 0.0
+        return rule
 
     def __call__(self, positive: Tensor, guide: Tensor, scale: float) -> Tensor:
         delta, onto = (positive - guide).flatten(1), positive.flatten(1)
+        if self.momentum != 0:
+            delta = self._before = delta + self.momentum * self._remembered(delta)
         if self.norm_threshold is not None:
             length = delta.norm(dim=1, keepdim=True)
             delta = delta * (self.norm_threshold / length.clamp(min=self.norm_threshold))
@@ -67,6 +90,14 @@ class Projected(Rule):
         parallel = (delta * onto).sum(dim=1, keepdim=True) * onto
         update = delta - (1 - self.eta) * parallel
         return positive + (scale - 1) * update.view_as(positive)
+
+    def _remembered(self, delta: Tensor) -> Tensor | float:
+        if self._before is None or (isinstance(self._before, Tensor) and self._before.shape != delta.shape):
+            raise DiffxError(
+                f"guidance.rule.momentum={self.momentum} needs a sampler that takes all samples through the same "
+                "steps; set it to 0, or take another sampler than adaptive"
+            )
+        return self._before
 
 
 def rescaled(x_hat: Tensor, positive: Tensor, phi: float) -> Tensor:

@@ -86,6 +86,8 @@ class Sampler(ABC):
         Yields:
             K times the samples `[B, *]`, the last at `times[-1]`.
         """
+        if self.evaluations is not None:  # else samples are at different steps, and some steps are taken back
+            denoiser = denoiser.for_trajectory()
         # all noise levels before the loop: no schedule evaluation and no device synchronisation per step
         levels = denoiser.schedule.levels(times.to(x.device, x.dtype if x.dtype == torch.float64 else torch.float32))
         return self.steps(denoiser, x, levels, self.init(denoiser, levels), noise=noise, **cond)
