@@ -1,6 +1,7 @@
 """`diffx learn-times`."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ def main(argv: list[str]) -> int:
     announce(config, console)
     denoiser, _ = load_weights(arm.module.ema, config["weights"], run.weights.parent, run.newest_checkpoint()[0])
     generator = arm.generator(denoiser.to(device).eval())
-    with console.status(f"learning {steps} times of {name} on {config['n']} samples"):
-        found = _learn(generator, config, device)
+    with console.status(f"learning {steps} times of {name} on {config['n']} samples: the exact solution") as status:
+        found = _learn(generator, config, device, lambda said: status.update(f"learning {said}"))
     save(out, found.logsnr, found.report | {"run": str(run.path), "weights": config["weights"]})
     with console.status("measuring what samples on these times and on others are worth"):
         distances = _distances(arm, generator, out, device)
@@ -87,7 +88,9 @@ def table(title: str, errors: dict[str, float], distances: dict[str, Value]) -> 
     return shown
 
 
-def _learn(generator: Generator, config: dict[str, Any], device: torch.device) -> LearnedTimes:
+def _learn(
+    generator: Generator, config: dict[str, Any], device: torch.device, say: Callable[[str], None]
+) -> LearnedTimes:
     index = torch.arange(config["n"], device=device)
     noise = Keys(_SEED, index).normal("sample", *generator.shape)
     return learn_discretization(
@@ -97,6 +100,7 @@ def _learn(generator: Generator, config: dict[str, Any], device: torch.device) -
         generator.steps,
         iterations=config["iterations"],
         batch_size=config["batch_size"],
+        on_iteration=say,
         **generator.conditioner({"label": generator.labels(index)}),
     )
 
