@@ -51,7 +51,7 @@ $(VENV)/.bench: $(STAMP)
 		$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,bench]'
 	touch $@
 
-bench: $(VENV)/.bench ## measure training, networks, samplers, start-up, … against the peers (20 minutes on 2 cores)
+bench: $(VENV)/.bench ## measure training, networks, samplers, start-up, … against the peers (half an hour on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py
 
 clean: ## remove the environment and the caches; runs/ stays

@@ -12,6 +12,7 @@ logSNR, where ᾱ² = sigmoid(logSNR) and σ̄² = sigmoid(−logSNR), so that i
     x̂_guided = x̂ + w·(σ̄²/ᾱ)·∇_u log p(y | u, logSNR).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -67,12 +68,17 @@ class ClassifierGuidance(Denoiser):
         self.scale = scale
         self.interval = Interval(interval)
         self.label = label
+        self._known: tuple[float, float, float] | None = None  # r, logSNR and σ̄²/ᾱ, where the host knows the level
 
     def at(self, level: NoiseLevel) -> Denoiser:
         if isinstance(level.sigma, Tensor):  # samples at different levels: which are within is known when asked
             return self
         inner = self.denoiser.at(level)
-        return self.replaced(interval=EVERYWHERE, denoiser=inner) if level in self.interval else inner
+        if level not in self.interval:
+            return inner
+        snr = math.exp(level.logsnr)
+        known = (math.hypot(level.alpha, level.sigma), level.logsnr, 1 / math.sqrt(snr * (1 + snr)))
+        return self.replaced(interval=EVERYWHERE, denoiser=inner, _known=known)
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         return self._guided(self.denoiser(x_t, t, **cond), x_t, t, cond)
@@ -92,11 +98,16 @@ class ClassifierGuidance(Denoiser):
 
     def _shift(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """(σ̄²/ᾱ)·∇_u log p(y | u, logSNR), `[B, *]`."""
-        alpha, sigma = self.schedule(t)
-        level = self.schedule.logsnr(t)
-        u = x_t / expand_as((alpha**2 + sigma**2).sqrt(), x_t)
-        gradient = self._gradient(u, level.expand(len(x_t)), label)
-        return (expand_as(torch.sigmoid(-level) / torch.sigmoid(level).sqrt(), x_t) * gradient).to(x_t.dtype)
+        if self._known is None:
+            alpha, sigma = self.schedule(t)
+            level = self.schedule.logsnr(t)
+            r = expand_as((alpha**2 + sigma**2).sqrt(), x_t)
+            factor = expand_as(torch.sigmoid(-level) / torch.sigmoid(level).sqrt(), x_t)
+            logsnr = level.expand(len(x_t))
+        else:
+            r, level, factor = self._known
+            logsnr = x_t.new_full((len(x_t),), level)
+        return (factor * self._gradient(x_t / r, logsnr, label)).to(x_t.dtype)
 
     def _gradient(self, u: Tensor, logsnr: Tensor, label: Tensor) -> Tensor:
         # differentiable once more where somebody differentiates the denoiser itself
