@@ -125,7 +125,7 @@ def _name_of(
         if run.locked:
             return ("evaluating" if said == "evaluating" else "running"), ""
         return ("killed" if said in ("running", "evaluating") else said), status.get("reason", "")
-    last = next((event for event in reversed(events) if event["event"] != "requeued"), {})
+    last = events[-1] if events else {}
     if last.get("event") in ("failed", "cancelled"):
         return last["event"], last.get("reason", "")
     if slurm is not None and slurm.state != "COMPLETED":

@@ -11,8 +11,8 @@ class Ledger:
     """The events of one run, oldest first.
 
     `submitted` (by the launcher), then for each start `started`, and one of `stopped` (by a signal, saved), `died`
-    (killed or crashed), `failed` (for its own reasons: it will not be tried again), `finished`; `requeued` where the
-    job put itself back into the queue; `cancelled` by `diffx jobs --cancel`.
+    (killed or crashed), `failed` (for its own reasons: it will not be tried again), `finished`; `cancelled` by
+    `diffx jobs --cancel`. A job that has put itself back into the queue is `started` once more.
 
     Arguments:
         run: the run directory.

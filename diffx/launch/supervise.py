@@ -64,7 +64,7 @@ def _after(run: Run, ledger: Ledger, code: int, before: int, retries: int) -> in
         # srun ends the ranks that are left when the first has gone, and answers with what they died of
         number = status["signal"] if state == "interrupted" else code - 128
         ledger.add("stopped", step=step, signal=signal.Signals(number).name)
-        _requeue(ledger, "was stopped and has saved")
+        _requeue("was stopped and has saved")
         return 128 + number
     reason = _died(code)
     ledger.add("died", step=step, reason=reason)
@@ -74,7 +74,7 @@ def _after(run: Run, ledger: Ledger, code: int, before: int, retries: int) -> in
         run.set_status("failed", step=step, reason=reason)
         ledger.add("failed", step=step, reason=reason)
         return 2
-    _requeue(ledger, reason)
+    _requeue(reason)
     return 1
 
 
@@ -93,16 +93,12 @@ def step_of(run: Run) -> int:
     return max((int(file.stem.partition("=")[2]) for file in run.checkpoints.glob("step=*.ckpt")), default=0)
 
 
-def _requeue(ledger: Ledger, why: str) -> None:
+def _requeue(why: str) -> None:
+    # said before: SLURM kills what runs of a job that it requeues, this process too
+    print(f"job {job_id()} {why}; back into the queue", flush=True)
     # by its number in the array: SLURM_JOB_ID of one of the elements means all of them
     if not requeue(job_id()):
-        print(
-            f"job {job_id()} {why}, and is not requeued; the same command, or diffx jobs --resubmit, resumes",
-            flush=True,
-        )
-        return
-    ledger.add("requeued")
-    print(f"job {job_id()} {why}; requeued", flush=True)
+        print(f"job {job_id()} is not requeued; the same command, or diffx jobs --resubmit, resumes", flush=True)
 
 
 def _log() -> str:
