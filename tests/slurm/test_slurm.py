@@ -146,7 +146,8 @@ def test_what_cannot_get_further_is_given_up_with_its_reason(login):
     arm = ["objective._target_=mine.Deadly", "training.max_steps=100"]
     login.submit(*arm, launcher=["launcher.retries=1"])
     (run,) = login.runs()
-    login.wait(lambda: state(run) == "failed", "the arm given up")
+    login.wait(lambda: events(run, "failed"), "the arm given up")
+    assert state(run) == "failed"
     died = events(run, "died")
     assert [row["step"] for row in died] == [40, 40] and "SIGKILL" in died[0]["reason"]
     assert "2 starts did not get beyond step 40" in events(run, "failed")[0]["reason"]
