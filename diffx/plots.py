@@ -144,6 +144,13 @@ def log_ticks(values: Sequence[float]) -> list[float]:
     return [digit * 10.0**power for power in powers for digit in digits if low <= digit * 10.0**power <= high]
 
 
+def decades(values: Sequence[float]) -> float:
+    """How many powers of ten positive values span; 0 where one is not positive."""
+    if not values or min(values) <= 0:
+        return 0.0
+    return math.log10(max(values) / min(values))
+
+
 def look(style: int | None) -> tuple[str, str, str]:
     """Colour, dash and marker of a style, as matplotlib writes them: nine colours, then the same ones dashed."""
     if style is None:
@@ -210,6 +217,11 @@ def plot_curves(
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, high / 1e8), high)
+        shown = [y for curve in curves.values() for y in curve.y]
+        if 0 < decades(shown) < 3:  # powers of ten alone would be too few
+            ticks = log_ticks(shown)
+            axes.set_yticks(ticks, [f"{y:g}" for y in ticks])
+            axes.minorticks_off()
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)

@@ -15,7 +15,7 @@ from diffx.compare.factorial import Observation, effects
 from diffx.evaluation import Evaluation
 from diffx.experiment import Run, fingerprint
 from diffx.metrics.values import jackknifed
-from diffx.plots import Chart, Line, log_ticks, plot_chart
+from diffx.plots import Chart, Line, decades, log_ticks, plot_chart
 from diffx.report.numbers import interval, number
 from diffx.utils import DiffxError
 
@@ -331,6 +331,7 @@ def test_numbers_have_the_digits_that_they_deserve():
 
 
 def test_logarithmic_axes_have_whole_labels():
+    assert (decades([2, 20, 0.2]), decades([0, 1]), decades([])) == (pytest.approx(2), 0, 0)
     assert log_ticks([5, 10, 20, 20]) == [5, 10, 20]
     assert log_ticks([0.9, 1.0, 1.1, 3, 4, 5, 6, 7, 8, 30]) == [1, 2, 5, 10, 20]
     assert log_ticks([1e-4 * 1.3**k for k in range(60)]) == [1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 100]

@@ -9,7 +9,7 @@ from diffx.generate import Generator
 from diffx.metrics import ImageMetrics
 from diffx.metrics.nearest import NearestDistance
 from diffx.pictures import save_animation, save_pairs
-from diffx.plots import Curve, plot_curves, plot_strip
+from diffx.plots import Curve, decades, plot_curves, plot_strip
 from diffx.training.loggers import CSVLogger
 
 
@@ -69,7 +69,8 @@ def nfe_pictures(evaluations: list[tuple[Evaluation, float]], names: list[str], 
         if curves:
             found.append(directory / f"{metric}-over-nfe.png")
             lines = {name: Curve(*zip(*sorted(points), strict=True)) for name, points in curves.items()}
-            plot_curves(lines, found[-1], "NFE", metric, log_x=True)
+            log_y = decades([y for curve in lines.values() for y in curve.y]) > 0.7
+            plot_curves(lines, found[-1], "NFE", metric, log_x=True, log_y=log_y)
     return found
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from diffx.compare.arms import text
 from diffx.compare.known import direction, ruler
 from diffx.experiment import Collection, Measurement, Member, fingerprint
-from diffx.plots import Chart, Line
+from diffx.plots import Chart, Line, decades
 from diffx.report.aim import aim
 from diffx.report.arms import Arm
 from diffx.report.numbers import count
-from diffx.report.plot import Control, Plot, decades
+from diffx.report.plot import Control, Plot
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from diffx.plots import Chart, Line
+from diffx.plots import Chart, Line, decades
 from diffx.report.arms import Arm
-from diffx.report.plot import Control, Plot, decades
+from diffx.report.plot import Control, Plot
 
 POINTS = 150
 """Points of a curve at most: a plot has not more pixels than that to show them with."""

@@ -1,6 +1,5 @@
 """A plot of the page: one chart, or several between which the reader chooses."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -197,10 +196,3 @@ def _wrapped(name: str, width: int = 22) -> str:
             lines.append("")
         lines[-1] += f", {word}" if lines[-1] else word
     return "<br>".join(lines)
-
-
-def decades(values: list[float]) -> float:
-    """How many powers of ten positive values span; 0 where one is not positive."""
-    if not values or min(values) <= 0:
-        return 0.0
-    return math.log10(max(values) / min(values))
