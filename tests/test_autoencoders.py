@@ -1,11 +1,14 @@
 """Autoencoders: what they encode they decode, whoever computed the moments; and diffusers' own are the same here."""
 
 import builtins
+import itertools
 import math
 
 import pytest
 import torch
-from conftest import build
+from conftest import CONFIGS, build
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_cli import run
@@ -319,3 +322,41 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     ):
         code, _, err = run(capsys, "fit-autoencoder", "data=digits", *words)
         assert code == 2 and said in err and len(err.strip().splitlines()) == 1, err
+
+
+# ---- pixels ----
+
+
+def test_pixels_come_back_exactly():
+    x = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    pixels = Pixels()
+    latent = pixels.encode({"x": x})
+    assert latent.dtype == torch.float32 and latent.min() == -1 and latent.max() == 1
+    assert latent[0, 0, 0, 1] == pytest.approx(1 / 127.5 - 1)
+    assert torch.equal(pixels.decode(latent), x)
+    assert torch.equal(pixels.decode(latent.double()), x)
+
+
+def test_pixels_round_to_the_nearest_and_clamp():
+    values = (torch.tensor([[[[99.4, 99.6, 200.0]]]]) / 127.5) - 1
+    assert Pixels().decode(values).flatten().tolist() == [99, 100, 200]
+    assert Pixels().decode(torch.tensor([[[[-7.0, -1.01, 1.01, 7.0]]]])).flatten().tolist() == [0, 0, 255, 255]
+
+
+def test_pixels_refuse_images_that_are_scaled_already():
+    with pytest.raises(DiffxError, match="must give them as uint8"):
+        Pixels().encode({"x": torch.rand(1, 1, 2, 2)})
+
+
+# those that need no weights
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(CONFIGS.glob("autoencoder/*.yaml")) if "???" not in path.read_text()],
+    ids=lambda path: path.stem,
+)
+def test_autoencoder_configs_state_the_shape_of_their_latents(path):
+    autoencoder = instantiate(OmegaConf.load(path))
+    for channels, size in itertools.product((1, 3), (8, 32)):
+        latent = autoencoder.encode({"x": torch.zeros(2, channels, size, size, dtype=torch.uint8)})
+        assert latent.shape[1:] == autoencoder.latent_shape(channels, size)
+        assert autoencoder.decode(latent).shape == (2, channels, size, size)

@@ -1,3 +1,5 @@
+"""Every network keeps the contract, has the published size, and computes what an independent one does."""
+
 import math
 from pathlib import Path
 

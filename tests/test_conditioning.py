@@ -1,3 +1,5 @@
+"""Conditions are dropped as often as asked, the same whatever the batch, and what is no class is refused."""
+
 from pathlib import Path
 
 import pytest

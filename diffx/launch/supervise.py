@@ -95,7 +95,7 @@ def step_of(run: Run) -> int:
 
 def _requeue(why: str) -> None:
     # said before: SLURM kills what runs of a job that it requeues, this process too
-    print(f"job {job_id()} {why}; back into the queue", flush=True)
+    print(f"job {job_id()} {why}; it asks to be requeued", flush=True)
     # by its number in the array: SLURM_JOB_ID of one of the elements means all of them
     if not requeue(job_id()):
         print(f"job {job_id()} is not requeued; the same command, or diffx jobs --resubmit, resumes", flush=True)
